@@ -1,0 +1,328 @@
+"""The bundle: one immutable trained version in one folder, and the contract between models/ and app/.
+
+A bundle root looks like this; `CURRENT` names the version to serve and is replaced atomically:
+
+    bundles/CURRENT
+    bundles/20261122T101500-3fa94c1b/manifest.json, catalog.safetensors, ...
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from app.scenes import Scene
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+CURRENT = "CURRENT"
+
+
+class BundleError(Exception):
+    """A bundle that must not be served; the message says why."""
+
+
+class _Spec(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FileSpec(_Spec):
+    sha256: str
+    size_bytes: int
+
+
+class Anchors(_Spec):
+    """How a user's events become the weighted items that neighbours are looked up for.
+
+    An event weighs `weights[type] * 2 ** (-age / half_life)`.
+    """
+
+    weights: Mapping[str, float]
+    """By event type name, lowercase; a type not named weighs nothing."""
+    half_life_days: Annotated[float, Field(gt=0)] = 30.0
+    limit: Annotated[int, Field(ge=1)] = 50
+    """Only the last so many events count."""
+
+
+class VectorSpec(_Spec):
+    """User encoder + item vectors: `encoder(history, kinds, ages_s, profile) -> [B, d]`, score = dot product.
+
+    history [B, L, d] holds the vectors of the last L known items, most recent last; kinds [B, L] the event
+    types, 0 for padding; profile [B, P] hashed attributes, 0 for padding.
+    """
+
+    kind: Literal["vectors"] = "vectors"
+    name: str
+    vectors: str
+    """safetensors file with `vectors` [n, d]."""
+    index: str
+    """FAISS file."""
+    index_kind: Literal["flat", "ivf", "hnsw"]
+    index_recall: float
+    """Measured share of the exact top 100 that the index finds."""
+    encoder: str
+    """torch.export archive."""
+    history: int = 32
+    profile: int = 8
+
+
+class NeighbourSpec(_Spec):
+    """Item -> weighted items; the score of an item is the sum over the user's anchors."""
+
+    kind: Literal["neighbours"] = "neighbours"
+    name: str
+    table: str
+    """safetensors file with `rows` int32 [n, K], best first, -1 for none, and `weights` [n, K]."""
+    anchors: Anchors
+
+
+class ListSpec(_Spec):
+    """The same items for everyone, best first."""
+
+    kind: Literal["lists"] = "lists"
+    name: str
+    rows: str
+    """safetensors file with `rows` int32 [K] and `scores` float32 [K]."""
+
+
+SourceSpec = Annotated[VectorSpec | NeighbourSpec | ListSpec, Field(discriminator="kind")]
+
+
+class RankerSpec(_Spec):
+    name: str
+    program: str
+    """torch.export archive: features float32 [M, F] -> scores float32 [M]."""
+    features: tuple[str, ...]
+    """The columns it was trained on, in order; the engine refuses to serve it with others."""
+
+
+class Manifest(_Spec):
+    format: int
+    version: str
+    created_at: str
+    items: int
+    window: int
+    """Events of a user's state that training used; the service must keep at least as many."""
+    statistics: tuple[str, ...]
+    """Names of the columns of the catalog's `statistics`."""
+    categories: tuple[str, ...]
+    brands: tuple[str, ...]
+    sources: tuple[SourceSpec, ...]
+    rankers: tuple[RankerSpec, ...]
+    scenes: Mapping[str, Scene]
+    recorded: str | None
+    """JSON file of recorded queries with their answers."""
+    metrics: Mapping[str, Any] = {}
+    provenance: Mapping[str, Any] = {}
+    """Fingerprint of the training data, code version, parameters, training seconds."""
+    files: Mapping[str, FileSpec]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A verified bundle on disk."""
+
+    path: Path
+    manifest: Manifest
+
+    @cached_property
+    def version(self) -> str:
+        return self.manifest.version
+
+    def tensors(self, name: str) -> dict[str, torch.Tensor]:
+        """The tensors of a safetensors file, memory-mapped: workers on one machine share its pages."""
+        try:
+            with safe_open(self.path / name, framework="pt") as file:
+                return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        except (OSError, SafetensorError) as error:
+            raise BundleError(f"{name}: {error}") from error
+
+
+def open_bundle(path: Path) -> Bundle:
+    """Reads and verifies the bundle at `path`.
+
+    Raises `BundleError` with the reason when anything is missing, changed, truncated, of another
+    format version, or not consistent with itself.
+    """
+    try:
+        raw = json.loads((path / MANIFEST).read_bytes())
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{path.name}: cannot read {MANIFEST}: {error}") from error
+    found = raw.get("format") if isinstance(raw, dict) else None
+    if found != FORMAT:
+        raise BundleError(f"{path.name}: format version {found!r}, this service reads {FORMAT}")
+    try:
+        manifest = Manifest.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise BundleError(f"{path.name}: manifest: {where}: {first['msg']}") from error
+    if manifest.version != path.name:
+        raise BundleError(f"{path.name}: manifest says version {manifest.version!r}")
+    _check_references(manifest)
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        for problem in pool.map(lambda entry: _check_file(path, *entry), manifest.files.items()):
+            if problem:
+                raise BundleError(f"{path.name}: {problem}")
+    return Bundle(path, manifest)
+
+
+def _check_file(path: Path, name: str, spec: FileSpec) -> str | None:
+    file = path / name
+    if not file.is_file():
+        return f"{name} is missing"
+    if (size := file.stat().st_size) != spec.size_bytes:
+        return f"{name} has {size} bytes, the manifest says {spec.size_bytes}"
+    if _sha256(file) != spec.sha256:
+        return f"{name} does not match its SHA-256"
+    return None
+
+
+def _check_references(manifest: Manifest) -> None:
+    sources = {source.name for source in manifest.sources}
+    rankers = {ranker.name for ranker in manifest.rankers}
+    for name, scene in manifest.scenes.items():
+        for source in scene.sources:
+            if source.name not in sources:
+                raise BundleError(f"{manifest.version}: scene {name!r} names the unknown source {source.name!r}")
+        if (scene.fusion == "learned" or scene.ranker) and scene.ranker not in rankers:
+            raise BundleError(f"{manifest.version}: scene {name!r} names the unknown ranker {scene.ranker!r}")
+    named = [value for spec in (*manifest.sources, *manifest.rankers) for value in _files_of(spec)]
+    for file in [*named, "catalog.safetensors", *filter(None, [manifest.recorded])]:
+        if file not in manifest.files:
+            raise BundleError(f"{manifest.version}: {file} has no checksum in the manifest")
+
+
+def _files_of(spec: SourceSpec | RankerSpec) -> tuple[str, ...]:
+    match spec:
+        case VectorSpec():
+            return spec.vectors, spec.index, spec.encoder
+        case NeighbourSpec():
+            return (spec.table,)
+        case ListSpec():
+            return (spec.rows,)
+        case RankerSpec():
+            return (spec.program,)
+
+
+@dataclass(slots=True)
+class Draft:
+    """A bundle being written: files go to `path`, the rest is the manifest's."""
+
+    path: Path
+    items: int
+    window: int
+    statistics: tuple[str, ...]
+    categories: tuple[str, ...]
+    brands: tuple[str, ...]
+    sources: list[SourceSpec]
+    rankers: list[RankerSpec]
+    scenes: dict[str, Scene]
+    recorded: str | None = None
+    metrics: Mapping[str, Any] | None = None
+    provenance: Mapping[str, Any] | None = None
+
+    def save(self, name: str, tensors: Mapping[str, torch.Tensor]) -> str:
+        """Writes a safetensors file and returns its name."""
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, self.path / name)
+        return name
+
+
+def seal(draft: Draft, version: str) -> Bundle:
+    """Writes the manifest over whatever is in the draft's folder and checks the result."""
+    names = sorted(path.name for path in draft.path.iterdir() if path.name != MANIFEST)
+    files = {name: FileSpec(sha256=_sha256(p := draft.path / name), size_bytes=p.stat().st_size) for name in names}
+    manifest = Manifest(
+        format=FORMAT,
+        version=version,
+        created_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        items=draft.items,
+        window=draft.window,
+        statistics=draft.statistics,
+        categories=draft.categories,
+        brands=draft.brands,
+        sources=tuple(draft.sources),
+        rankers=tuple(draft.rankers),
+        scenes=draft.scenes,
+        recorded=draft.recorded,
+        metrics=draft.metrics or {},
+        provenance=draft.provenance or {},
+        files=files,
+    )
+    _check_references(manifest)
+    (draft.path / MANIFEST).write_text(manifest.model_dump_json(indent=1))
+    return Bundle(draft.path, manifest)
+
+
+def publish(root: Path, write: Callable[[Path, str], Bundle], *, activate_it: bool = True) -> Bundle:
+    """Lets `write(folder, version)` fill and seal a folder, then makes it a version of `root` in one step.
+
+    A reader sees the whole bundle or none of it, also when this process or the machine dies midway.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    version = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{os.urandom(4).hex()}"
+    staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=root))
+    try:
+        write(staging, version)
+        staging.chmod(0o755)
+        for file in staging.iterdir():
+            _sync(file)
+        _sync(staging)
+        staging.rename(root / version)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    _sync(root)
+    if activate_it:
+        activate(root, version)
+    return Bundle(root / version, open_bundle(root / version).manifest)
+
+
+def activate(root: Path, version: str) -> None:
+    """Names `version` as the one to serve; running services pick it up at their next look."""
+    if version not in versions(root):
+        raise BundleError(f"no bundle {version!r} in {root}")
+    pointer = root / f".{CURRENT}-{os.urandom(4).hex()}"
+    pointer.write_text(version + "\n")
+    _sync(pointer)
+    pointer.replace(root / CURRENT)
+    _sync(root)
+
+
+def current(root: Path) -> str | None:
+    """The version to serve, if any has been activated."""
+    try:
+        return (root / CURRENT).read_text().strip() or None
+    except FileNotFoundError:
+        return None
+
+
+def versions(root: Path) -> list[str]:
+    """All versions in `root`, oldest first."""
+    return sorted(path.parent.name for path in root.glob(f"[!.]*/{MANIFEST}"))
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

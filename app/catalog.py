@@ -1,0 +1,106 @@
+"""Items in columns: everything the engine asks about an item, addressed by row."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from app.bundle import Bundle, BundleError
+from app.engine import Where
+from app.state.events import item_key
+
+NO_ROW = -1
+
+
+class Catalog:
+    """The columns of one bundle's items on one device. Rows are ordered by `item_key`."""
+
+    def __init__(self, bundle: Bundle, device: torch.device) -> None:
+        columns = bundle.tensors("catalog.safetensors")
+        self.size = bundle.manifest.items
+        try:
+            for name in ("key", "price", "category", "brand", "available", "created_ms", "statistics"):
+                if len(columns[name]) != self.size:
+                    raise BundleError(f"catalog column {name} has {len(columns[name])} rows, not {self.size}")
+            self.key = columns["key"].to(device)
+            self.price = columns["price"].to(device)
+            self.category = columns["category"].to(device)
+            """int32 [n, depth]: the item's category path as indices into `categories`, -1 below its leaf."""
+            depth = (self.category >= 0).sum(1, keepdim=True) - 1
+            self.leaf = self.category.gather(1, depth.clamp(min=0)).squeeze(1)
+            """int32 [n]: the end of the item's category path, -1 if it has none."""
+            self.brand = columns["brand"].to(device)
+            self.available = columns["available"].to(device)
+            self.created_ms = columns["created_ms"].to(device)
+            self.statistics = columns["statistics"].to(device)
+            self._id_bytes, self._id_ends = _strings(columns, "id")
+            self._attribute_bytes, self._attribute_ends = _strings(columns, "attributes")
+        except KeyError as error:
+            raise BundleError(f"catalog.safetensors has no column {error}") from error
+        if self.size and not bool((self.key[1:] > self.key[:-1]).all()):
+            raise BundleError("catalog keys are not ascending and distinct")
+        self.device = device
+        self.categories, self.brands = len(bundle.manifest.categories), len(bundle.manifest.brands)
+        self._category_code = {name: code for code, name in enumerate(bundle.manifest.categories)}
+        self._brand_code = {name: code for code, name in enumerate(bundle.manifest.brands)}
+        self._eligible = lru_cache(maxsize=32)(self._compute_eligible)
+
+    def rows(self, keys: Tensor) -> Tensor:
+        """Row of each int64 key, `NO_ROW` for an item this bundle does not know."""
+        if not self.size:
+            return torch.full_like(keys, NO_ROW)
+        found = torch.searchsorted(self.key, keys).clamp_(max=self.size - 1)
+        return torch.where(self.key[found] == keys, found, NO_ROW)
+
+    def rows_of(self, ids: Sequence[str]) -> Tensor:
+        """int64 [<= len(ids)]: rows of the ids that the bundle knows."""
+        rows = self.rows(torch.tensor([item_key(name) for name in ids], dtype=torch.int64, device=self.device))
+        return rows[rows != NO_ROW]
+
+    def ids(self, rows: Sequence[int]) -> list[str]:
+        return [_string(self._id_bytes, self._id_ends, row) for row in rows]
+
+    def attributes(self, row: int) -> dict[str, Any]:
+        """What the shop told us of the item, title and price included."""
+        found: dict[str, Any] = json.loads(_string(self._attribute_bytes, self._attribute_ends, row))
+        return found
+
+    def eligible(self, where: Where) -> Tensor:
+        """bool [n]: the available items that `where` allows, its `exclude` aside. Not to be written to."""
+        return self._eligible(replace(where, exclude=()))
+
+    def _compute_eligible(self, where: Where) -> Tensor:
+        mask = self.available.clone()
+        if where.category:
+            codes = [self._category_code[name] for name in where.category if name in self._category_code]
+            mask &= torch.isin(self.category, torch.tensor(codes, dtype=torch.int32, device=self.device)).any(1)
+        if where.brand:
+            codes = [self._brand_code[name] for name in where.brand if name in self._brand_code]
+            mask &= torch.isin(self.brand, torch.tensor(codes, dtype=torch.int32, device=self.device))
+        # An unknown price is NaN and so is in no price range.
+        if where.price_min is not None:
+            mask &= self.price >= where.price_min
+        if where.price_max is not None:
+            mask &= self.price <= where.price_max
+        return mask
+
+
+def _strings(columns: Mapping[str, Tensor], name: str) -> tuple[memoryview, Any]:
+    return columns[f"{name}_bytes"].numpy().data, columns[f"{name}_ends"].numpy()
+
+
+def _string(data: memoryview, ends: Any, row: int) -> str:
+    return str(data[ends[row - 1] if row else 0 : ends[row]], "utf-8")
+
+
+def pack_strings(strings: Sequence[str], name: str) -> dict[str, Tensor]:
+    """The two columns by which the catalog stores a string an item."""
+    encoded = [string.encode() for string in strings]
+    ends = np.cumsum([len(string) for string in encoded], dtype=np.int64)
+    data = np.frombuffer(b"".join(encoded), np.uint8).copy()
+    return {f"{name}_bytes": torch.from_numpy(data), f"{name}_ends": torch.from_numpy(ends)}

@@ -1,0 +1,76 @@
+"""Greedy micro-batching: whatever waits when the engine is free is the next batch. There is no timer."""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+
+from app.engine import Overloaded, Query, Slate
+
+Answer = Callable[[Sequence[Query]], Awaitable[Sequence[Slate | Exception]]]
+
+
+class Batcher:
+    """Collects concurrent queries into batches for one `answer` at a time; every caller gets its own answer."""
+
+    def __init__(
+        self,
+        answer: Answer,
+        max_batch: int,
+        max_waiting: int,
+        observe: Callable[[int, float], None] = lambda size, waited_s: None,
+    ) -> None:
+        """`observe(size, waited_s)` is told of each batch and how long its oldest query waited."""
+        self._answer = answer
+        self._max_batch = max_batch
+        self._max_waiting = max_waiting
+        self._observe = observe
+        self._waiting: deque[tuple[Query, asyncio.Future[Slate], float]] = deque()
+        self._arrived = asyncio.Event()
+
+    async def submit(self, query: Query) -> Slate:
+        """Raises `Overloaded` when `max_waiting` queries wait already, and whatever `answer` says of this query."""
+        if len(self._waiting) >= self._max_waiting:
+            raise Overloaded
+        future: asyncio.Future[Slate] = asyncio.get_running_loop().create_future()
+        self._waiting.append((query, future, time.monotonic()))
+        self._arrived.set()
+        return await future
+
+    async def run(self) -> None:
+        """Answers until cancelled; what still waits then is cancelled too."""
+        try:
+            while True:
+                await self._arrived.wait()
+                await self._next()
+        finally:
+            for _, future, _ in self._waiting:
+                future.cancel()
+
+    async def _next(self) -> None:
+        batch: list[tuple[Query, asyncio.Future[Slate], float]] = []
+        while self._waiting and len(batch) < self._max_batch:
+            entry = self._waiting.popleft()
+            # A client that went away takes no place.
+            if not entry[1].done():
+                batch.append(entry)
+        if not self._waiting:
+            self._arrived.clear()
+        if not batch:
+            return
+        self._observe(len(batch), time.monotonic() - batch[0][2])
+        try:
+            answers: Sequence[Slate | Exception] = await self._answer([query for query, _, _ in batch])
+        except Exception as error:
+            answers = [error] * len(batch)
+        except BaseException:
+            for _, future, _ in batch:
+                future.cancel()
+            raise
+        for (_, future, _), answer in zip(batch, answers, strict=True):
+            if future.done():
+                continue
+            if isinstance(answer, Exception):
+                future.set_exception(answer)
+            else:
+                future.set_result(answer)

@@ -1,0 +1,235 @@
+"""The pipeline: a batch of queries and their users' states in, slates out.
+
+No I/O, no clock and no randomness but the queries' own: the service, training, evaluation, recorded
+queries and property tests all call the same `Pipeline`.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import structlog
+import torch
+from torch import Tensor
+
+from app.bundle import Bundle, ListSpec
+from app.catalog import Catalog
+from app.engine import Query, Slate, SlateItem
+from app.engine.batch import Batch, PairSet, collate
+from app.engine.explain import reason
+from app.engine.features import compute
+from app.engine.filters import allowed, forbidden
+from app.engine.merge import ABSENT, Candidates, merge
+from app.engine.ranking import FUSIONS, Ranker, reciprocal_rank
+from app.engine.recall import Source, VectorSource, open_source
+from app.engine.rerank import rerank
+from app.scenes import Scene
+from app.state.events import UserState
+
+log = structlog.get_logger()
+
+CELLS = 64_000_000
+"""Pairs that the scratch table can hold; it bounds the batch of a scene at catalogs above a million items."""
+BACKFILL = 200
+"""Candidates that an exact search adds where the sources leave a filtered slate short."""
+
+
+@dataclass(slots=True)
+class Prepared:
+    """A batch just before ranking."""
+
+    batch: Batch
+    candidates: Candidates
+    degraded: list[str]
+
+
+class Pipeline:
+    """One bundle on one device. Not for use by two threads at a time: stages share scratch memory."""
+
+    def __init__(self, bundle: Bundle, device: torch.device, max_batch: int) -> None:
+        self.bundle = bundle
+        self.device = device
+        self.catalog = Catalog(bundle, device)
+        self.window = bundle.manifest.window
+        self.max_batch = max(1, min(max_batch, CELLS // max(self.catalog.size, 1)))
+        self._pairs = PairSet(self.max_batch, self.catalog.size, device)
+        self.sources: dict[str, Source] = {
+            spec.name: open_source(spec, bundle, device, self._pairs) for spec in bundle.manifest.sources
+        }
+        self._rankers = {spec.name: Ranker(spec, bundle, device) for spec in bundle.manifest.rankers}
+        self._lists = {spec.name for spec in bundle.manifest.sources if isinstance(spec, ListSpec)}
+        self._popular = self.catalog.statistics[:, 0] if bundle.manifest.statistics else None
+        self.scenes: Mapping[str, Scene] = {}
+        self.use(bundle.manifest.scenes)
+        self._names = lru_cache(maxsize=4096)(_names)
+
+    def use(self, scenes: Mapping[str, Scene]) -> None:
+        """Replaces the scenes; raises `BundleError` for one that its ranker does not fit."""
+        for name, scene in scenes.items():
+            if scene.ranker:
+                names = tuple(source.name for source in scene.sources)
+                self._rankers[scene.ranker].check(name, names, self.bundle.manifest.statistics)
+        self.scenes = dict(scenes)
+
+    def run(
+        self, queries: Sequence[Query], states: Sequence[UserState], now_ms: int, late: bool = False
+    ) -> list[Slate]:
+        """The slate of each query, in order; every query names a scene of `scenes`.
+
+        `late` leaves out all that takes long, and the slates say so.
+        """
+        groups: dict[str, list[int]] = defaultdict(list)
+        for position, query in enumerate(queries):
+            groups[query.scene].append(position)
+        slates: dict[int, Slate] = {}
+        for name, positions in groups.items():
+            scene = self._in_a_hurry(self.scenes[name]) if late else self.scenes[name]
+            for start in range(0, len(positions), self.max_batch):
+                chunk = positions[start : start + self.max_batch]
+                answers = self._slates(
+                    scene, [queries[i] for i in chunk], [states[i] for i in chunk], now_ms, ["deadline"] * late
+                )
+                slates.update(zip(chunk, answers, strict=True))
+        return [slates[position] for position in range(len(queries))]
+
+    def prepare(self, scene: Scene, queries: Sequence[Query], states: Sequence[UserState], now_ms: int) -> Prepared:
+        """State, recall, merge and filter, for queries of one scene."""
+        batch = collate(queries, states, self.catalog, self.window, now_ms)
+        degraded: list[str] = []
+        recalled = []
+        for source in scene.sources:
+            try:
+                recalled.append(self.sources[source.name].recall(batch, source.k, scene.context))
+            except (RuntimeError, ValueError, IndexError) as error:
+                log.error("recall failed", source=source.name, error=str(error))
+                degraded.append(f"recall:{source.name}")
+                recalled.append((torch.empty((batch.size, 0), dtype=torch.int64), torch.empty((batch.size, 0))))
+        candidates = merge(batch, recalled, [source.k for source in scene.sources], self._pairs)
+        candidates = candidates.where(allowed(batch, candidates, scene, self.catalog, self._pairs))
+        candidates = self._backfill(batch, candidates, scene)
+        for column, source in enumerate(scene.sources):
+            vectors = self.sources[source.name]
+            if isinstance(vectors, VectorSource) and source.name in batch.user_vectors:
+                candidates.score[:, column] = vectors.score(batch, candidates.query, candidates.row)
+        return Prepared(batch, candidates, degraded)
+
+    def features(self, prepared: Prepared) -> Tensor:
+        """float32 [M, F] of the candidates; `feature_names` of the scene names the columns."""
+        return compute(prepared.batch, prepared.candidates, self.catalog, self._pairs)
+
+    @torch.inference_mode()
+    def _slates(
+        self, scene: Scene, queries: Sequence[Query], states: Sequence[UserState], now_ms: int, degraded: list[str]
+    ) -> list[Slate]:
+        prepared = self.prepare(scene, queries, states, now_ms)
+        score = self._rank(scene, prepared)
+        position, score = rerank(prepared.batch, prepared.candidates, score, scene, self.catalog)
+        return self._answers(scene, prepared, position, score, tuple(degraded + prepared.degraded))
+
+    def _rank(self, scene: Scene, prepared: Prepared) -> Tensor:
+        if not len(prepared.candidates.row):
+            return torch.empty(0, device=self.device)
+        weights = torch.tensor([source.weight for source in scene.sources], device=self.device)
+        if scene.fusion != "learned" or scene.ranker is None:
+            return FUSIONS[scene.fusion](prepared.candidates, weights)
+        try:
+            return self._rankers[scene.ranker].score(self.features(prepared))
+        except RuntimeError as error:
+            log.error("ranker failed", ranker=scene.ranker, error=str(error))
+            prepared.degraded.append("rank")
+            return reciprocal_rank(prepared.candidates, weights)
+
+    def _backfill(self, batch: Batch, candidates: Candidates, scene: Scene) -> Candidates:
+        """Adds the best of *all* eligible items to the queries whose candidates do not fill the slate."""
+        counts = torch.bincount(candidates.query, minlength=batch.size).tolist()
+        short = [index for index, query in enumerate(batch.queries) if counts[index] < query.limit]
+        if not short or not self.catalog.size:
+            return candidates
+        queries, rows = [candidates.query], [candidates.row]
+        forbidden_query, forbidden_row = forbidden(batch, scene)
+        for index in short:
+            query = batch.queries[index]
+            mask = self.catalog.eligible(query.where).clone()
+            mask[candidates.row[candidates.query == index]] = False
+            mask[forbidden_row[forbidden_query == index]] = False
+            mask[batch.anchor_row[batch.anchor_query == index]] = False
+            mask[self.catalog.rows_of(query.where.exclude)] = False
+            row = mask.nonzero().squeeze(1)
+            best = self._exact(batch, index, row).topk(min(len(row), max(BACKFILL, query.limit))).indices
+            rows.append(row[best])
+            queries.append(torch.full_like(best, index))
+        query_column, row_column = torch.cat(queries), torch.cat(rows)
+        order = query_column.argsort(stable=True)
+        added = len(query_column) - len(candidates.query)
+        sources = candidates.score.shape[1]
+        return Candidates(
+            query_column[order],
+            row_column[order],
+            torch.cat([candidates.score, torch.zeros((added, sources), device=self.device)])[order],
+            torch.cat([candidates.rank, torch.full((added, sources), ABSENT, device=self.device)])[order],
+            candidates.best,
+        )
+
+    def _exact(self, batch: Batch, index: int, row: Tensor) -> Tensor:
+        """Scores of any rows for one query: by its user vector, else by popularity."""
+        for name, users in batch.user_vectors.items():
+            source = self.sources[name]
+            if isinstance(source, VectorSource):
+                return source.vectors.index_select(0, row) @ users[index]
+        if self._popular is not None:
+            return self._popular.index_select(0, row)
+        return torch.zeros(len(row), device=self.device)
+
+    def _in_a_hurry(self, scene: Scene) -> Scene:
+        lists = tuple(source for source in scene.sources if source.name in self._lists) or scene.sources
+        return scene.model_copy(update={"sources": lists, "fusion": "reciprocal_rank", "ranker": None})
+
+    def _answers(
+        self, scene: Scene, prepared: Prepared, position: Tensor, score: Tensor, degraded: tuple[str, ...]
+    ) -> list[Slate]:
+        batch, candidates = prepared.batch, prepared.candidates
+        scene_sources = tuple(source.name for source in scene.sources)
+        if len(candidates.row):
+            found = position.clamp(min=0)
+            bit = 2 ** torch.arange(len(scene_sources), device=self.device)
+            proposed = (candidates.proposed * bit).sum(1)
+            rows, masks = candidates.row[found].tolist(), proposed[found].tolist()
+        else:
+            rows = masks = [[]] * batch.size
+        counts = (position >= 0).sum(1).tolist()
+        scores = score.tolist()
+        slates = []
+        for index, query in enumerate(batch.queries):
+            count = min(counts[index], query.limit)
+            own = rows[index][:count]
+            items = tuple(
+                map(
+                    SlateItem,
+                    self.catalog.ids(own),
+                    scores[index][:count],
+                    [self._names(mask, scene_sources) for mask in masks[index][:count]],
+                )
+            )
+            if query.explain or query.fields:
+                items = tuple(
+                    self._detailed(item, row, index, query, scene, batch) for item, row in zip(items, own, strict=True)
+                )
+            slates.append(Slate(query.request_id, query.scene, items, self.bundle.version, None, degraded))
+        return slates
+
+    def _detailed(self, item: SlateItem, row: int, index: int, query: Query, scene: Scene, batch: Batch) -> SlateItem:
+        attributes = self.catalog.attributes(row) if query.fields else {}
+        return replace(
+            item,
+            reason=reason(index, row, item.sources, self.sources, batch, self.catalog, scene.context)
+            if query.explain
+            else None,
+            attributes={name: attributes[name] for name in query.fields if name in attributes}
+            if query.fields
+            else None,
+        )
+
+
+def _names(mask: int, sources: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(name for bit, name in enumerate(sources) if mask >> bit & 1)

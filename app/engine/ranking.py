@@ -1,0 +1,70 @@
+"""Ranking: one score per candidate, from the sources' own words or from a learned ranker.
+
+Every fusion is a function of candidates and the scene's source weights, so a scene can switch freely.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from app.bundle import Bundle, BundleError, RankerSpec
+from app.engine.features import feature_names
+from app.engine.merge import ABSENT, Candidates
+from app.engine.program import load_program
+
+
+def reciprocal_rank(candidates: Candidates, weights: Tensor) -> Tensor:
+    """sum of w / (60 + rank), with ranks from 1 (Cormack, Clarke & Buettcher, SIGIR 2009)."""
+    return (weights * candidates.proposed / (61.0 + candidates.rank)).sum(1)
+
+
+def voting(candidates: Candidates, weights: Tensor) -> Tensor:
+    """One vote a source; the reciprocal-rank score, always below one vote, breaks ties."""
+    tie = reciprocal_rank(candidates, weights)
+    return (weights * candidates.proposed).sum(1) + tie * weights[weights > 0].min()
+
+
+def weighted(candidates: Candidates, weights: Tensor) -> Tensor:
+    """Weighted mean of the sources' scores, each scaled to 0..1 within the query's proposals."""
+    query, score, proposed = candidates.query, candidates.score, candidates.proposed
+    by_query = query[:, None].expand_as(score)
+    lowest = torch.full_like(candidates.best, torch.inf)
+    lowest = lowest.scatter_reduce(0, by_query, torch.where(proposed, score, torch.inf), "amin")
+    highest = torch.full_like(candidates.best, -torch.inf)
+    highest = highest.scatter_reduce(0, by_query, torch.where(proposed, score, -torch.inf), "amax")
+    low, spread = lowest.index_select(0, query), (highest - lowest).index_select(0, query)
+    scaled = torch.where(spread > 0, (score - low) / spread, 1.0)
+    return (torch.where(proposed, scaled, 0.0) * weights).sum(1) / weights.sum()
+
+
+def cascade(candidates: Candidates, weights: Tensor) -> Tensor:
+    """All of the first source in its order, then what the second adds, and so on."""
+    sources = candidates.rank.shape[1]
+    place = torch.arange(sources, device=candidates.rank.device) * ABSENT + candidates.rank
+    last = sources * ABSENT
+    return 1.0 - torch.where(candidates.proposed, place, last).amin(1) / last
+
+
+FUSIONS: Mapping[str, Callable[[Candidates, Tensor], Tensor]] = {
+    "reciprocal_rank": reciprocal_rank,
+    "voting": voting,
+    "weighted": weighted,
+    "cascade": cascade,
+}
+
+
+class Ranker:
+    """A learned fusion: features [M, F] -> scores [M]."""
+
+    def __init__(self, spec: RankerSpec, bundle: Bundle, device: torch.device) -> None:
+        self.name = spec.name
+        self.features = spec.features
+        self.score = load_program(bundle.path / spec.program, device)
+
+    def check(self, scene: str, sources: tuple[str, ...], statistics: tuple[str, ...]) -> None:
+        """Raises `BundleError` unless the scene computes the very features the ranker was trained on."""
+        computed = feature_names(sources, statistics)
+        if computed != self.features:
+            odd = sorted(set(computed) ^ set(self.features)) or ["their order"]
+            raise BundleError(f"ranker {self.name!r} does not fit scene {scene!r}: {', '.join(odd[:5])} differ")

@@ -1,0 +1,203 @@
+"""Recall: the three kinds of artifact, each proposing candidates for a whole batch."""
+
+from importlib import import_module
+from typing import Protocol
+
+import faiss
+import numpy as np
+import torch
+from torch import Tensor
+
+from app.bundle import Bundle, BundleError, ListSpec, NeighbourSpec, SourceSpec, VectorSpec
+from app.engine.batch import Batch, PairSet
+from app.engine.program import load_program
+from app.state.events import EventType
+
+DEPTH = 400
+"""Neighbour scores are kept this deep: what one source ranks below its candidates still informs the ranker
+when another source proposes it."""
+
+
+class Source(Protocol):
+    """A source of candidates, opened from the bundle by its name."""
+
+    name: str
+
+    def recall(self, batch: Batch, k: int, context: bool) -> tuple[Tensor, Tensor]:
+        """Rows int64 [B, K] and scores float32 [B, K], best first, -1 where there is none. K may be above k."""
+        ...
+
+
+class VectorSource:
+    """User vectors from an encoder, nearest item vectors from FAISS."""
+
+    def __init__(self, spec: VectorSpec, bundle: Bundle, device: torch.device) -> None:
+        self.name = spec.name
+        self.spec = spec
+        self.vectors = bundle.tensors(spec.vectors)["vectors"].to(device)
+        if len(self.vectors) != bundle.manifest.items:
+            raise BundleError(f"{spec.vectors} has {len(self.vectors)} vectors for {bundle.manifest.items} items")
+        self.encode = load_program(bundle.path / spec.encoder, device)
+        self.index = _open_index(str(bundle.path / spec.index), device)
+        if self.index.ntotal != bundle.manifest.items:
+            raise BundleError(f"{spec.index} has {self.index.ntotal} vectors for {bundle.manifest.items} items")
+
+    def recall(self, batch: Batch, k: int, context: bool) -> tuple[Tensor, Tensor]:
+        users = self.encode(*self._inputs(batch, context))
+        batch.user_vectors[self.name] = users
+        # The GPU build of faiss takes CUDA tensors as they are; the CPU build wants numpy.
+        scores, rows = self.index.search(users if users.is_cuda else users.numpy(), min(k, self.index.ntotal))
+        return torch.as_tensor(rows), torch.as_tensor(scores)
+
+    def score(self, batch: Batch, query: Tensor, row: Tensor) -> Tensor:
+        """Exact scores float32 [M] of (query, row) pairs of a batch that has been recalled."""
+        users = batch.user_vectors[self.name]
+        return (users.index_select(0, query) * self.vectors.index_select(0, row)).sum(1)
+
+    def _inputs(self, batch: Batch, context: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        length, device = self.spec.history, batch.device
+        # What is on the page is what the user looks at now.
+        query = torch.cat([batch.query, batch.anchor_query])
+        on_page = torch.bincount(batch.anchor_query, minlength=batch.size)
+        before = batch.from_end + on_page[batch.query]
+        if context:
+            before = torch.where(on_page[batch.query] > 0, length, before)
+        last = torch.cat([before, _from_end(batch.anchor_query, on_page)])
+        row = torch.cat([batch.row, batch.anchor_row])
+        kind = torch.cat([batch.kind, torch.full_like(batch.anchor_row, EventType.VIEW_ITEM)])
+        age_s = torch.cat([batch.age_days * 86_400, torch.zeros(len(batch.anchor_row), device=device)])
+        recent = last < length
+        cell = query[recent] * length + (length - 1 - last[recent])
+        history = torch.zeros(batch.size * length, self.vectors.shape[1], device=device)
+        history.index_copy_(0, cell, self.vectors.index_select(0, row[recent]))
+        kinds = torch.zeros(batch.size * length, dtype=torch.int64, device=device)
+        kinds.index_copy_(0, cell, kind[recent])
+        ages = torch.zeros(batch.size * length, device=device)
+        ages.index_copy_(0, cell, age_s[recent])
+        shape = (batch.size, length)
+        return history.view(*shape, -1), kinds.view(shape), ages.view(shape), batch.profile(self.spec.profile)
+
+
+class NeighbourSource:
+    """Items near the user's recent items: gather their table rows, weigh, sum, keep the best."""
+
+    def __init__(self, spec: NeighbourSpec, bundle: Bundle, device: torch.device, pairs: PairSet) -> None:
+        self.name = spec.name
+        self.spec = spec
+        table = bundle.tensors(spec.table)
+        self.rows, self.weights = table["rows"].to(device), table["weights"].to(device)
+        if self.rows.shape != self.weights.shape or len(self.rows) != bundle.manifest.items:
+            raise BundleError(f"{spec.table} is {list(self.rows.shape)} for {bundle.manifest.items} items")
+        by_kind = torch.zeros(256, device=device)
+        for name, weight in spec.anchors.weights.items():
+            by_kind[EventType[name.upper()]] = weight
+        self._weight_by_kind = by_kind
+        self._pairs = pairs
+
+    def anchors(self, batch: Batch, context: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, row and weight of the items whose neighbours count, ascending by query."""
+        weight = self._weight_by_kind[batch.kind]
+        # Rank among the events that weigh anything, so that a run of others does not push them out.
+        counted = weight > 0
+        query, row = batch.query[counted], batch.row[counted]
+        weight = weight[counted] * torch.exp2(-batch.age_days[counted] / self.spec.anchors.half_life_days)
+        counts = torch.bincount(query, minlength=batch.size)
+        recent = _from_end(query, counts) < self.spec.anchors.limit
+        query, row, weight = query[recent], row[recent], weight[recent]
+        if not context or not len(batch.anchor_row):
+            return query, row, weight
+        on_page = torch.bincount(batch.anchor_query, minlength=batch.size) > 0
+        history = ~on_page[query]
+        query = torch.cat([query[history], batch.anchor_query])
+        row = torch.cat([row[history], batch.anchor_row])
+        weight = torch.cat([weight[history], torch.ones(len(batch.anchor_row), device=batch.device)])
+        order = query.argsort(stable=True)
+        return query[order], row[order], weight[order]
+
+    def recall(self, batch: Batch, k: int, context: bool) -> tuple[Tensor, Tensor]:
+        query, row, weight = self.anchors(batch, context)
+        near = self.rows.index_select(0, row)
+        scores = (self.weights.index_select(0, row) * weight[:, None]).flatten()
+        query = query[:, None].expand(-1, near.shape[1]).flatten()
+        near = near.flatten().long()
+        real = (near >= 0).nonzero().squeeze(1)
+        query, near, scores = query[real], near[real], scores[real]
+        first, inverse = self._pairs.distinct(query, near)
+        total = torch.zeros(len(first), device=batch.device).index_add_(0, inverse, scores)
+        return best_first(query[first], near[first], total, batch.size, DEPTH)
+
+
+class ListSource:
+    """The same list for every query."""
+
+    def __init__(self, spec: ListSpec, bundle: Bundle, device: torch.device) -> None:
+        self.name = spec.name
+        table = bundle.tensors(spec.rows)
+        self.rows, self.scores = table["rows"].long().to(device), table["scores"].to(device)
+
+    def recall(self, batch: Batch, k: int, context: bool) -> tuple[Tensor, Tensor]:
+        shape = (batch.size, min(k, len(self.rows)))
+        return self.rows[: shape[1]].expand(shape), self.scores[: shape[1]].expand(shape)
+
+
+def open_source(spec: SourceSpec, bundle: Bundle, device: torch.device, pairs: PairSet) -> Source:
+    match spec:
+        case VectorSpec():
+            return VectorSource(spec, bundle, device)
+        case NeighbourSpec():
+            return NeighbourSource(spec, bundle, device, pairs)
+        case ListSpec():
+            return ListSource(spec, bundle, device)
+
+
+def best_first(query: Tensor, row: Tensor, score: Tensor, size: int, k: int) -> tuple[Tensor, Tensor]:
+    """Rows [B, <=k] and scores [B, <=k] of flat pairs that ascend by query, best first, padded with -1 and -inf.
+
+    Among equal scores the order is the query's own, whatever else is in the batch.
+    """
+    counts = torch.bincount(query, minlength=size)
+    width = min(k, int(counts.max())) if len(query) else 0
+    order = _sorted(query << 54 | _descending(score) << 22 | torch.arange(len(query), device=query.device)) & 0x3FFFFF
+    place = torch.arange(len(query), device=query.device) - (counts.cumsum(0) - counts)[query]
+    kept = (place < width).nonzero().squeeze(1)
+    cell, order = query[kept] * width + place[kept], order[kept]
+    rows = torch.full((size * width,), -1, dtype=torch.int64, device=query.device)
+    scores = torch.full((size * width,), -torch.inf, device=query.device)
+    rows.index_copy_(0, cell, row[order])
+    scores.index_copy_(0, cell, score[order])
+    return rows.view(size, width), scores.view(size, width)
+
+
+def _descending(score: Tensor) -> Tensor:
+    """int64 in 0..2**32-1 that ascend as the float32 scores descend."""
+    bits = (score + 0.0).view(torch.int32).long()  # makes -0.0 equal 0.0
+    return 0x7FFFFFFF - torch.where(bits < 0, -0x80000000 - bits - 1, bits)
+
+
+def _sorted(keys: Tensor) -> Tensor:
+    # numpy sorts integers with SIMD, ten times as fast as torch does on a CPU.
+    return keys.sort().values if keys.is_cuda else torch.from_numpy(np.sort(keys.numpy()))
+
+
+def _from_end(query: Tensor, counts: Tensor) -> Tensor:
+    """0 for the last entry of each query, 1 for the one before, ... ; `query` ascends."""
+    return counts.cumsum(0)[query] - 1 - torch.arange(len(query), device=query.device)
+
+
+def _open_index(path: str, device: torch.device) -> faiss.Index:
+    try:
+        index = faiss.read_index(path, faiss.IO_FLAG_MMAP_IFC)
+    except RuntimeError as error:
+        raise BundleError(f"cannot read the FAISS index: {error}") from error
+    if device.type == "cuda":
+        # Teaches the GPU index to take CUDA tensors.
+        import_module("faiss.contrib.torch_utils")
+
+        resources = faiss.StandardGpuResources()
+        # HNSW has no GPU form; an exact GPU scan is faster than it at every size that fits.
+        if not isinstance(faiss.downcast_index(index), faiss.IndexIVFFlat):
+            flat = faiss.IndexFlatIP(index.d)
+            flat.add(index.reconstruct_n(0, index.ntotal))
+            index = flat
+        index = faiss.index_cpu_to_gpu(resources, device.index or 0, index)
+    return index

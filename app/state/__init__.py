@@ -1,0 +1,1 @@
+"""What happened a moment ago: events, user state, and where they are kept."""

@@ -90,11 +90,11 @@ class Catalog:
         return mask
 
 
-def _strings(columns: Mapping[str, Tensor], name: str) -> tuple[memoryview, Any]:
-    return columns[f"{name}_bytes"].numpy().data, columns[f"{name}_ends"].numpy()
+def _strings(columns: Mapping[str, Tensor], name: str) -> tuple[memoryview, memoryview]:
+    return columns[f"{name}_bytes"].numpy().data, columns[f"{name}_ends"].numpy().data
 
 
-def _string(data: memoryview, ends: Any, row: int) -> str:
+def _string(data: memoryview, ends: memoryview, row: int) -> str:
     return str(data[ends[row - 1] if row else 0 : ends[row]], "utf-8")
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +40,9 @@ class Query:
     deadline: float = float("inf")
 
 
-@dataclass(frozen=True, slots=True)
-class SlateItem:
+class SlateItem(NamedTuple):
+    """One place of a slate."""
+
     item_id: str
     score: float
     sources: tuple[str, ...]

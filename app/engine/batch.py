@@ -11,7 +11,7 @@ from torch import Tensor
 
 from app.catalog import NO_ROW, Catalog
 from app.engine import Query
-from app.state.events import EVENT, EXCLUSION, UserState, item_key
+from app.state.events import EVENT, EXCLUSION, Events, UserState, item_key
 
 MS_PER_DAY = 86_400_000.0
 PROFILE_BUCKETS = 4096
@@ -40,6 +40,8 @@ class Batch:
     queries: Sequence[Query]
     now_ms: int
     device: torch.device
+    items: int
+    """Rows of the catalog."""
     query: Tensor
     """int64 [E]: which query the event belongs to."""
     row: Tensor
@@ -81,7 +83,7 @@ def collate(queries: Sequence[Query], states: Sequence[UserState], catalog: Cata
     # A state may hold more events than the bundle was trained to see, and events of the future: the
     # clock of `now_ms` may be that of a recorded query or of a training cut.
     histories = [state.events[-window:] for state in states]
-    events = np.concatenate([np.empty(0, EVENT), *histories])
+    events = _joined(histories, EVENT)
     query = np.repeat(np.arange(len(queries)), [len(history) for history in histories])
     row = catalog.rows(_tensor(events["item"], device))
     known = row != NO_ROW
@@ -90,7 +92,7 @@ def collate(queries: Sequence[Query], states: Sequence[UserState], catalog: Cata
     from_end = counts.cumsum(0)[query_known] - 1 - torch.arange(len(query_known), device=device)
 
     exclusions = [state.exclusions for state in states]
-    excluded = np.concatenate([np.empty(0, EXCLUSION), *exclusions])
+    excluded = _joined(exclusions, EXCLUSION)
     excluded_query = np.repeat(np.arange(len(queries)), [len(exclusion) for exclusion in exclusions])
     excluded_row = catalog.rows(_tensor(excluded["item"], device))
     excluded_known = excluded_row != NO_ROW
@@ -108,6 +110,7 @@ def collate(queries: Sequence[Query], states: Sequence[UserState], catalog: Cata
         queries=queries,
         now_ms=now_ms,
         device=device,
+        items=catalog.size,
         query=query_known,
         row=row[known],
         kind=column("type", torch.int64),
@@ -122,6 +125,11 @@ def collate(queries: Sequence[Query], states: Sequence[UserState], catalog: Cata
         excluded_kind=_tensor(excluded["kind"], device).long()[excluded_known],
         states=states,
     )
+
+
+def _joined(parts: Sequence[Events], dtype: np.dtype[np.void]) -> Events:
+    # Their bytes: numpy would compare the record types of each part anew, for longer than all else here takes.
+    return np.frombuffer(b"".join([part.tobytes() for part in parts]), dtype)
 
 
 def _tensor(column: np.ndarray[tuple[int], np.dtype[np.generic]], device: torch.device) -> Tensor:

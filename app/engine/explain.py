@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from app.catalog import Catalog
 from app.engine.batch import Batch
-from app.engine.recall import ListSource, NeighbourSource, Source
+from app.engine.recall import ListSource, NeighbourSource, Source, anchors
 from app.state.events import EventType
 
 _VERBS = {EventType.PURCHASE: "bought", EventType.ADD_TO_CART: "put in the cart", EventType.ADD_TO_WISHLIST: "saved"}
@@ -26,7 +26,7 @@ def reason(
     for name in names:
         source = sources[name]
         if isinstance(source, NeighbourSource):
-            query, anchor, weight = source.anchors(batch, context)
+            query, anchor, weight = anchors([source], batch, context)
             anchor, weight = anchor[query == index], weight[query == index]
             gain = ((source.rows[anchor] == row) * source.weights[anchor]).sum(1) * weight
             if len(gain) and float(gain.max()) > 0:

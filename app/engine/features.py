@@ -72,7 +72,7 @@ def compute(batch: Batch, candidates: Candidates, catalog: Catalog, pairs: PairS
 def _sources(candidates: Candidates) -> Tensor:
     score, rank = candidates.score, candidates.rank
     share = (score / candidates.best.clamp(min=1e-9).index_select(0, candidates.query)).clamp(-1, 1)
-    columns = torch.stack([torch.sign(score) * torch.log1p(score.abs()), share, 10.0 / (10.0 + rank)], 2)
+    columns = torch.stack([torch.sign(score) * torch.log1p(100.0 * score.abs()), share, 10.0 / (10.0 + rank)], 2)
     agreement = candidates.proposed.sum(1, dtype=torch.float32)
     return torch.cat([columns.view(len(score), -1), agreement[:, None]], 1)
 

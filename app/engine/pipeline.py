@@ -6,7 +6,7 @@ queries and property tests all call the same `Pipeline`.
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 import structlog
@@ -22,7 +22,7 @@ from app.engine.features import compute
 from app.engine.filters import allowed, forbidden
 from app.engine.merge import ABSENT, Candidates, merge
 from app.engine.ranking import FUSIONS, Ranker, reciprocal_rank
-from app.engine.recall import Source, VectorSource, open_source
+from app.engine.recall import NeighbourSource, Source, VectorSource, open_source, recall_neighbours
 from app.engine.rerank import rerank
 from app.scenes import Scene
 from app.state.events import UserState
@@ -55,7 +55,7 @@ class Pipeline:
         self.max_batch = max(1, min(max_batch, CELLS // max(self.catalog.size, 1)))
         self._pairs = PairSet(self.max_batch, self.catalog.size, device)
         self.sources: dict[str, Source] = {
-            spec.name: open_source(spec, bundle, device, self._pairs) for spec in bundle.manifest.sources
+            spec.name: open_source(spec, bundle, device) for spec in bundle.manifest.sources
         }
         self._rankers = {spec.name: Ranker(spec, bundle, device) for spec in bundle.manifest.rankers}
         self._lists = {spec.name for spec in bundle.manifest.sources if isinstance(spec, ListSpec)}
@@ -96,15 +96,7 @@ class Pipeline:
     def prepare(self, scene: Scene, queries: Sequence[Query], states: Sequence[UserState], now_ms: int) -> Prepared:
         """State, recall, merge and filter, for queries of one scene."""
         batch = collate(queries, states, self.catalog, self.window, now_ms)
-        degraded: list[str] = []
-        recalled = []
-        for source in scene.sources:
-            try:
-                recalled.append(self.sources[source.name].recall(batch, source.k, scene.context))
-            except (RuntimeError, ValueError, IndexError) as error:
-                log.error("recall failed", source=source.name, error=str(error))
-                degraded.append(f"recall:{source.name}")
-                recalled.append((torch.empty((batch.size, 0), dtype=torch.int64), torch.empty((batch.size, 0))))
+        recalled, degraded = self._recall(batch, scene)
         candidates = merge(batch, recalled, [source.k for source in scene.sources], self._pairs)
         candidates = candidates.where(allowed(batch, candidates, scene, self.catalog, self._pairs))
         candidates = self._backfill(batch, candidates, scene)
@@ -113,6 +105,30 @@ class Pipeline:
             if isinstance(vectors, VectorSource) and source.name in batch.user_vectors:
                 candidates.score[:, column] = vectors.score(batch, candidates.query, candidates.row)
         return Prepared(batch, candidates, degraded)
+
+    def _recall(self, batch: Batch, scene: Scene) -> tuple[list[tuple[Tensor, Tensor]], list[str]]:
+        """What each source of the scene proposes, and the stages that failed."""
+        opened = {source.name: self.sources[source.name] for source in scene.sources}
+        together = {name: source for name, source in opened.items() if isinstance(source, NeighbourSource)}
+        recalled: dict[str, tuple[Tensor, Tensor]] = {}
+        degraded = []
+        if together:
+            try:
+                found = recall_neighbours(list(together.values()), batch, scene.context)
+                recalled.update(zip(together, found, strict=True))
+            except (RuntimeError, ValueError, IndexError) as error:
+                log.error("recall failed", source=list(together), error=str(error))
+        for wanted in scene.sources:
+            if wanted.name not in together:
+                try:
+                    recalled[wanted.name] = opened[wanted.name].recall(batch, wanted.k, scene.context)
+                except (RuntimeError, ValueError, IndexError) as error:
+                    log.error("recall failed", source=wanted.name, error=str(error))
+            if wanted.name not in recalled:
+                degraded.append(f"recall:{wanted.name}")
+                nothing = torch.empty((batch.size, 0), device=self.device)
+                recalled[wanted.name] = nothing.long(), nothing
+        return [recalled[wanted.name] for wanted in scene.sources], degraded
 
     def features(self, prepared: Prepared) -> Tensor:
         """float32 [M, F] of the candidates; `feature_names` of the scene names the columns."""
@@ -220,8 +236,7 @@ class Pipeline:
 
     def _detailed(self, item: SlateItem, row: int, index: int, query: Query, scene: Scene, batch: Batch) -> SlateItem:
         attributes = self.catalog.attributes(row) if query.fields else {}
-        return replace(
-            item,
+        return item._replace(
             reason=reason(index, row, item.sources, self.sources, batch, self.catalog, scene.context)
             if query.explain
             else None,

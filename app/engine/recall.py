@@ -1,15 +1,15 @@
 """Recall: the three kinds of artifact, each proposing candidates for a whole batch."""
 
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Protocol
 
 import faiss
-import numpy as np
 import torch
 from torch import Tensor
 
 from app.bundle import Bundle, BundleError, ListSpec, NeighbourSpec, SourceSpec, VectorSpec
-from app.engine.batch import Batch, PairSet
+from app.engine.batch import Batch
 from app.engine.program import load_program
 from app.state.events import EventType
 
@@ -81,50 +81,66 @@ class VectorSource:
 class NeighbourSource:
     """Items near the user's recent items: gather their table rows, weigh, sum, keep the best."""
 
-    def __init__(self, spec: NeighbourSpec, bundle: Bundle, device: torch.device, pairs: PairSet) -> None:
+    def __init__(self, spec: NeighbourSpec, bundle: Bundle, device: torch.device) -> None:
         self.name = spec.name
-        self.spec = spec
         table = bundle.tensors(spec.table)
         self.rows, self.weights = table["rows"].to(device), table["weights"].to(device)
         if self.rows.shape != self.weights.shape or len(self.rows) != bundle.manifest.items:
             raise BundleError(f"{spec.table} is {list(self.rows.shape)} for {bundle.manifest.items} items")
-        by_kind = torch.zeros(256, device=device)
+        self.half_life_days, self.limit = spec.anchors.half_life_days, spec.anchors.limit
+        self.by_kind = torch.zeros(256, device=device)
         for name, weight in spec.anchors.weights.items():
-            by_kind[EventType[name.upper()]] = weight
-        self._weight_by_kind = by_kind
-        self._pairs = pairs
-
-    def anchors(self, batch: Batch, context: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, row and weight of the items whose neighbours count, ascending by query."""
-        weight = self._weight_by_kind[batch.kind]
-        # Rank among the events that weigh anything, so that a run of others does not push them out.
-        counted = weight > 0
-        query, row = batch.query[counted], batch.row[counted]
-        weight = weight[counted] * torch.exp2(-batch.age_days[counted] / self.spec.anchors.half_life_days)
-        counts = torch.bincount(query, minlength=batch.size)
-        recent = _from_end(query, counts) < self.spec.anchors.limit
-        query, row, weight = query[recent], row[recent], weight[recent]
-        if not context or not len(batch.anchor_row):
-            return query, row, weight
-        on_page = torch.bincount(batch.anchor_query, minlength=batch.size) > 0
-        history = ~on_page[query]
-        query = torch.cat([query[history], batch.anchor_query])
-        row = torch.cat([row[history], batch.anchor_row])
-        weight = torch.cat([weight[history], torch.ones(len(batch.anchor_row), device=batch.device)])
-        order = query.argsort(stable=True)
-        return query[order], row[order], weight[order]
+            self.by_kind[EventType[name.upper()]] = weight
 
     def recall(self, batch: Batch, k: int, context: bool) -> tuple[Tensor, Tensor]:
-        query, row, weight = self.anchors(batch, context)
-        near = self.rows.index_select(0, row)
-        scores = (self.weights.index_select(0, row) * weight[:, None]).flatten()
-        query = query[:, None].expand(-1, near.shape[1]).flatten()
-        near = near.flatten().long()
-        real = (near >= 0).nonzero().squeeze(1)
-        query, near, scores = query[real], near[real], scores[real]
-        first, inverse = self._pairs.distinct(query, near)
-        total = torch.zeros(len(first), device=batch.device).index_add_(0, inverse, scores)
-        return best_first(query[first], near[first], total, batch.size, DEPTH)
+        return recall_neighbours([self], batch, context)[0]
+
+
+def recall_neighbours(sources: Sequence[NeighbourSource], batch: Batch, context: bool) -> list[tuple[Tensor, Tensor]]:
+    """What `recall` of each source gives, in one pass: a query of a source is treated as a query of its own."""
+    slot, row, weight = anchors(sources, batch, context)
+    bounds = torch.searchsorted(slot, torch.arange(len(sources) + 1, device=batch.device) * batch.size).tolist()
+    # A pair is numbered slot * (items + 1) + 1 + item, so that a table's -1 falls on an item 0 of its own and is
+    # dropped when the pairs are few: these arrays are the largest of a batch, every pass over them counts.
+    stride = batch.items + 1
+    pairs, scores = [], []
+    for source, start, end in zip(sources, bounds, bounds[1:], strict=False):
+        mine = row[start:end]
+        pairs.append(source.rows.index_select(0, mine).long().add_((slot[start:end] * stride + 1)[:, None]).flatten())
+        scores.append(source.weights.index_select(0, mine).mul_(weight[start:end, None]).flatten())
+    pair, order = sort_with_position(torch.cat(pairs), len(sources) * batch.size * stride)
+    new = torch.ones(len(pair), dtype=torch.bool, device=batch.device)
+    torch.ne(pair[1:], pair[:-1], out=new[1:])
+    pair = pair[new]
+    total = torch.zeros(len(pair), device=batch.device)
+    total.index_add_(0, new.cumsum(0).sub_(1), torch.cat(scores).index_select(0, order))
+    real = (pair % stride).nonzero().squeeze(1)
+    pair, total = pair[real], total[real]
+    rows, best = best_first(pair // stride, pair % stride - 1, total, len(sources) * batch.size, DEPTH)
+    shape = (len(sources), batch.size, rows.shape[1])
+    return list(zip(rows.view(shape), best.view(shape), strict=True))
+
+
+def anchors(sources: Sequence[NeighbourSource], batch: Batch, context: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The items whose neighbours count: their slot (source * B + query), ascending, catalog row and weight."""
+    device, size = batch.device, batch.size
+    by_kind = torch.stack([source.by_kind for source in sources])
+    half_life = torch.tensor([[source.half_life_days] for source in sources], device=device)
+    limit = torch.tensor([[source.limit] for source in sources], device=device)
+    weights = by_kind[:, batch.kind] * torch.exp2(-batch.age_days / half_life)
+    counted = (weights > 0) & (batch.from_end < limit)
+    on_page = context and len(batch.anchor_row) > 0
+    if on_page:
+        counted &= torch.bincount(batch.anchor_query, minlength=size)[batch.query] == 0
+    source, event = counted.nonzero(as_tuple=True)
+    slot, row, weight = source * size + batch.query[event], batch.row[event], weights[source, event]
+    if not on_page:
+        return slot, row, weight
+    page = torch.arange(len(sources), device=device)[:, None] * size + batch.anchor_query
+    slot, order = torch.cat([slot, page.flatten()]).sort(stable=True)
+    row = torch.cat([row, batch.anchor_row.repeat(len(sources))])
+    weight = torch.cat([weight, torch.ones(page.numel(), device=device)])
+    return slot, row[order], weight[order]
 
 
 class ListSource:
@@ -140,12 +156,12 @@ class ListSource:
         return self.rows[: shape[1]].expand(shape), self.scores[: shape[1]].expand(shape)
 
 
-def open_source(spec: SourceSpec, bundle: Bundle, device: torch.device, pairs: PairSet) -> Source:
+def open_source(spec: SourceSpec, bundle: Bundle, device: torch.device) -> Source:
     match spec:
         case VectorSpec():
             return VectorSource(spec, bundle, device)
         case NeighbourSpec():
-            return NeighbourSource(spec, bundle, device, pairs)
+            return NeighbourSource(spec, bundle, device)
         case ListSpec():
             return ListSource(spec, bundle, device)
 
@@ -157,7 +173,7 @@ def best_first(query: Tensor, row: Tensor, score: Tensor, size: int, k: int) -> 
     """
     counts = torch.bincount(query, minlength=size)
     width = min(k, int(counts.max())) if len(query) else 0
-    order = _sorted(query << 54 | _descending(score) << 22 | torch.arange(len(query), device=query.device)) & 0x3FFFFF
+    _, order = sort_with_position(query << 32 | _descending(score), size << 32)
     place = torch.arange(len(query), device=query.device) - (counts.cumsum(0) - counts)[query]
     kept = (place < width).nonzero().squeeze(1)
     cell, order = query[kept] * width + place[kept], order[kept]
@@ -174,9 +190,17 @@ def _descending(score: Tensor) -> Tensor:
     return 0x7FFFFFFF - torch.where(bits < 0, -0x80000000 - bits - 1, bits)
 
 
-def _sorted(keys: Tensor) -> Tensor:
-    # numpy sorts integers with SIMD, ten times as fast as torch does on a CPU.
-    return keys.sort().values if keys.is_cuda else torch.from_numpy(np.sort(keys.numpy()))
+def sort_with_position(keys: Tensor, limit: int) -> tuple[Tensor, Tensor]:
+    """The int64 keys, all in 0..limit-1, ascending, and where each came from; equal keys keep their order."""
+    bits = len(keys).bit_length()
+    if keys.is_cuda or limit.bit_length() + bits > 63:
+        ascending = keys.sort(stable=True)
+        return ascending.values, ascending.indices
+    # numpy sorts plain integers with SIMD, ten times as fast as torch sorts pairs on a CPU: the position
+    # rides in the low bits.
+    packed = (keys << bits).bitwise_or_(torch.arange(len(keys)))
+    packed.numpy().sort()
+    return packed >> bits, packed.bitwise_and_((1 << bits) - 1)
 
 
 def _from_end(query: Tensor, counts: Tensor) -> Tensor:

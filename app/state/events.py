@@ -180,13 +180,13 @@ def fold(state: UserState, events: Events, window: int) -> UserState:
 
 def join(states: Iterable[UserState], window: int) -> UserState:
     """One state from several of the same person (a user and the session in hand); the first profile wins by key."""
-    states = tuple(states)
-    events = np.concatenate([np.empty(0, EVENT), *(state.events for state in states)])
+    states = (UserState(), *states)
+    # As plain bytes: numpy copies and compares records a field at a time, ten times slower.
+    events = np.concatenate([state.events.view("V32") for state in states]).view(EVENT)
     events = events.take(np.lexsort((events["event"], events["ts"])))
     events = events.take(_first(events["event"]))
-    excluded = np.concatenate([np.empty(0, EXCLUSION), *(state.exclusions for state in states)])
-    excluded = excluded.take(np.lexsort((excluded["kind"], excluded["item"])))
-    excluded = excluded.take(_first(excluded))
+    # S9 cuts zeros off the end, where the kind is, which is never zero.
+    excluded = np.unique(np.concatenate([state.exclusions.view("S9") for state in states])).view(EXCLUSION)
     profile = {key: value for state in reversed(states) for key, value in state.profile.items()}
     return UserState(events[-window:], excluded, profile)
 

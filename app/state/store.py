@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 from pydantic_core import from_json, to_json
+from redis.exceptions import NoScriptError
 
 from app.engine import Query, Slate
 from app.state.events import EVENT, EXCLUDES, EXCLUSION, EventType, UserState, join
@@ -56,7 +57,7 @@ class Store:
         *,
         prefix: str = "millirec:",
         timeout_ms: int = 50,
-        window: int = 128,
+        window: int = 256,
         dedupe_window_s: int = 86_400,
         impressions_maxlen: int = 100_000,
     ) -> None:
@@ -155,7 +156,7 @@ class Store:
     async def _evaluate(self, commands: Sequence[bytes]) -> list[Any]:
         replies = await self._link.call(b"".join(commands), len(commands), _WRITE_S)
         # A command that found the script is a duplicate now: only those that did not may run again.
-        again = [i for i, reply in enumerate(replies) if isinstance(reply, Exception) and "NOSCRIPT" in str(reply)]
+        again = [i for i, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
         if again:
             await self._call("SCRIPT", "LOAD", _SCRIPT)
             new = await self._link.call(b"".join(commands[i] for i in again), len(again), _WRITE_S)

@@ -1,0 +1,174 @@
+"""`millirec train`, `evaluate` and `simulate`."""
+
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+import faiss
+import torch
+import typer
+from rich.console import Console
+
+from app.bundle import Bundle, BundleError, current, open_bundle
+from app.settings import Settings
+from models.data import DataError, Tables, online_retail, read_tables
+from models.data.simulator import simulate as simulated
+from models.evaluate import HEADLINE, judge
+from models.metrics import markdown
+from models.sources import Progress
+from models.train import Trained
+from models.train import train as trained_on
+
+Events = Annotated[Path | None, typer.Option(help="CSV, JSON-lines or Parquet file with the events.")]
+Items = Annotated[Path | None, typer.Option(help="File with the items; without it they are made from the events.")]
+Users = Annotated[Path | None, typer.Option(help="File with the users' attributes.")]
+Retail = Annotated[Path | None, typer.Option("--online-retail", help="The UCI Online Retail invoices, as CSV.")]
+Column = Annotated[list[str] | None, typer.Option(help="A column by another name, as user_id=shopper; repeatable.")]
+Root = Annotated[Path | None, typer.Option(help="Folder of bundles. Default: MILLIREC_BUNDLES.")]
+Seed = Annotated[int, typer.Option(help="Same seed, same data, one thread: same bundle.")]
+Windows = Annotated[int, typer.Option(min=1, help="Past windows that the ranker learns from.")]
+LabelDays = Annotated[
+    float | None, typer.Option(help="Days in a window. Default: an eighth of the history, at most 30.")
+]
+
+console = Console(stderr=True)
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Ends the command with one line where the input or a bundle is at fault."""
+    try:
+        yield
+    except (DataError, BundleError) as error:
+        console.print(f"millirec: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from None
+
+
+@contextmanager
+def progress() -> Iterator[Progress]:
+    """Shows the step at hand with the time so far; where nobody watches, a line a step."""
+    begun = time.monotonic()
+    if not console.is_terminal:
+        yield lambda step: console.print(f"{time.monotonic() - begun:6.0f} s  {step}", markup=False, highlight=False)
+        return
+    with console.status("starting") as status:
+
+        def show(step: str) -> None:
+            status.update(f"{time.monotonic() - begun:.0f} s  {step}")
+
+        yield show
+
+
+def tables_of(
+    events: Path | None, items: Path | None, users: Path | None, retail: Path | None, column: list[str] | None
+) -> Tables:
+    """The shop's history as the command line names it, with what was dropped printed."""
+    if (events is None) == (retail is None):
+        raise DataError("name the history with --events or with --online-retail")
+    if retail is not None:
+        tables = online_retail(retail)
+    else:
+        assert events is not None
+        tables = read_tables(events, items, users, dict(each.partition("=")[::2] for each in column or ()))
+    console.print(tables.report)
+    return tables
+
+
+def single_threaded() -> None:
+    """One thread, so that training is reproducible by its seed."""
+    torch.set_num_threads(1)
+    faiss.omp_set_num_threads(1)
+
+
+def report(bundle: Bundle, trained: Trained) -> None:
+    spent = ", ".join(f"{name} {seconds} s" for name, seconds in trained.seconds.items())
+    console.print(f"seconds: {spent}", markup=False, highlight=False)
+    for name, recall in trained.candidate_recall.items():
+        console.print(f"candidate recall for {name}: {recall:.3f}", highlight=False)
+    print(bundle.version)
+
+
+def train(
+    events: Events = None,
+    items: Items = None,
+    users: Users = None,
+    retail: Retail = None,
+    column: Column = None,
+    bundles: Root = None,
+    windows: Windows = 4,
+    label_days: LabelDays = None,
+    seed: Seed = 0,
+) -> None:
+    """Train on a shop's history, publish the bundle and make it the one to serve; prints its version."""
+    single_threaded()
+    with one_line_errors():
+        tables = tables_of(events, items, users, retail, column)
+        with progress() as shown:
+            bundle, trained = trained_on(
+                tables,
+                bundles or Settings().bundles,
+                seed=seed,
+                windows=windows,
+                label_days=label_days,
+                progress=shown,
+            )
+        report(bundle, trained)
+
+
+def evaluate(
+    cut: Annotated[datetime, typer.Option(help="Train before this moment (UTC), judge on the days after.")],
+    days: Annotated[float, typer.Option(help="Days judged.")] = 30,
+    events: Events = None,
+    items: Items = None,
+    users: Users = None,
+    retail: Retail = None,
+    column: Column = None,
+    bundles: Annotated[
+        Path | None, typer.Option(help="Keep the bundle here; one that stands there for this cut is judged again.")
+    ] = None,
+    windows: Windows = 4,
+    label_days: LabelDays = None,
+    seed: Seed = 0,
+) -> None:
+    """Judge every source, every fusion mode and the whole pipeline through the engine, beside implicit's models."""
+    single_threaded()
+    cut_ms = int(cut.replace(tzinfo=UTC).timestamp() * 1000)
+    with one_line_errors(), tempfile.TemporaryDirectory() as temporary:
+        tables = tables_of(events, items, users, retail, column)
+        root = bundles or Path(temporary)
+        version = current(root)
+        bundle = open_bundle(root / version) if version else None
+        with progress() as shown:
+            if bundle is None or bundle.manifest.provenance.get("cut_ms") != cut_ms:
+                bundle, trained = trained_on(
+                    tables, root, seed=seed, windows=windows, label_days=label_days, cut_ms=cut_ms, progress=shown
+                )
+                report(bundle, trained)
+            views = judge(bundle, tables, cut_ms, days, shown, seed)
+    for view in views:
+        best = view.rows[-1].scores[HEADLINE]
+        print(f"\n### {view.name}: {view.users} users, candidate recall {view.candidate_recall:.3f}\n")
+        print(markdown(view.rows))
+        name, (low, high) = min(view.leads.items(), key=lambda lead: lead[1][0])
+        print(f"\npipeline {best:.4f}; its narrowest lead is over {name}, by {low:.4f} .. {high:.4f} (95 %, paired)")
+
+
+def simulate(
+    folder: Annotated[Path, typer.Argument(help="Where events.parquet, items.parquet and users.parquet go.")],
+    items: Annotated[int, typer.Option(min=10)] = 5_000,
+    users: Annotated[int, typer.Option(min=10)] = 5_000,
+    events: Annotated[int, typer.Option(min=100)] = 200_000,
+    days: Annotated[int, typer.Option(min=2)] = 60,
+    seed: Seed = 0,
+) -> None:
+    """Write the history of a simulated storefront."""
+    tables = simulated(items=items, users=users, events=events, seed=seed, days=days)
+    folder.mkdir(parents=True, exist_ok=True)
+    tables.events.write_parquet(folder / "events.parquet")
+    tables.items.write_parquet(folder / "items.parquet")
+    tables.users.write_parquet(folder / "users.parquet")
+    console.print(tables.report)

@@ -1,0 +1,1 @@
+"""Rankers: learned fusions of what the sources say."""

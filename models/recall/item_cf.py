@@ -1,0 +1,83 @@
+"""Item-based collaborative filtering: items wanted by the same people, the recent ones counting most.
+
+Item-to-item lists after Linden, Smith & York (IEEE Internet Computing, 2003); users damped by their
+activity and each list scaled to sum 1 after Deshpande & Karypis (ACM TOIS, 2004).
+"""
+
+import numpy as np
+import numpy.typing as npt
+import scipy.sparse as sp
+
+from app.engine.batch import MS_PER_DAY
+from models.recall import STRENGTH, Neighbours
+from models.recall.pairs import best_pairs
+
+LONGEST = 500
+"""Items of one user that count, the latest; the work grows with the square of it."""
+OLDEST_HALF_LIVES = 30.0
+"""Older events weigh no less, so that float32 holds the product of two weights."""
+
+
+def fit(
+    user: npt.NDArray[np.int32],
+    row: npt.NDArray[np.int32],
+    ts_ms: npt.NDArray[np.int64],
+    kind: npt.NDArray[np.uint8],
+    *,
+    n_items: int,
+    k: int = 50,
+    half_life_days: float = 30.0,
+    damping: float = 0.7,
+    shrink: float = 0.3,
+) -> Neighbours:
+    """For each item the `k` items that most tell apart its users, weights summing to 1.
+
+    With x[u, i] the greatest decayed strength of u's events on i, over the root of how many items u has,
+    and g = x'x: the weight of j for i goes as g[i, j] / (g[i, i] ** damping * g[j, j] ** (1 - damping) +
+    shrink * mean g[i, i]). Damping 1 is the share of i's users, which favours popular j; 0.5 is the
+    cosine. The defaults were chosen on Online Retail, cut a month before its test window.
+    """
+    matrix = _weights(user, row, ts_ms, kind, n_items, half_life_days)
+    by_item = matrix.T.tocsr()
+    strength = np.asarray(by_item.multiply(by_item).sum(1)).ravel()
+    floor = shrink * strength[strength > 0].mean() if strength.any() else 0.0
+    of_anchor, of_neighbour = strength**damping, strength ** (1.0 - damping)
+
+    near = best_pairs(
+        by_item,
+        matrix,
+        lambda i, j, pairs: pairs / (of_anchor[i] * of_neighbour[j] + floor).astype(np.float32),
+        k,
+    )
+    total = near.weights.sum(1, keepdims=True)
+    np.divide(near.weights, total, out=near.weights, where=total > 0)
+    return near
+
+
+def _weights(
+    user: npt.NDArray[np.int32],
+    row: npt.NDArray[np.int32],
+    ts_ms: npt.NDArray[np.int64],
+    kind: npt.NDArray[np.uint8],
+    n_items: int,
+    half_life_days: float,
+) -> sp.csr_matrix:
+    """x, float32 [users, n_items]."""
+    counted = STRENGTH[kind] > 0
+    user, row, ts_ms, kind = user[counted], row[counted], ts_ms[counted], kind[counted]
+    if not len(user):
+        return sp.csr_matrix((1, n_items), dtype=np.float32)
+    half_lives = (ts_ms.max() - ts_ms) / MS_PER_DAY / half_life_days
+    weight = STRENGTH[kind] * np.exp2(-np.minimum(half_lives, OLDEST_HALF_LIVES), dtype=np.float32)
+    pair, index = np.unique(user.astype(np.int64) * n_items + row, return_inverse=True)
+    best, last = np.zeros(len(pair), np.float32), np.zeros(len(pair), np.int64)
+    np.maximum.at(best, index, weight)
+    np.maximum.at(last, index, ts_ms)
+    user, row = (pair // n_items).astype(np.int32), (pair % n_items).astype(np.int32)
+    latest = np.lexsort((-last, user))
+    place = np.empty(len(pair), np.int64)
+    place[latest] = np.arange(len(pair)) - np.searchsorted(user, user)
+    kept = place < LONGEST
+    user, row, best = user[kept], row[kept], best[kept]
+    best /= np.sqrt(np.bincount(user)[user]).astype(np.float32)
+    return sp.csr_matrix((best, (user, row)), shape=(int(user.max()) + 1, n_items), dtype=np.float32)

@@ -1,0 +1,201 @@
+"""Fits every source on what was known before a cut and writes them into a draft bundle.
+
+Training calls this once per past cut, to see the candidates that the service would have had then, and
+once more on everything, for the bundle that is served.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from app.bundle import Anchors, Draft, ListSpec, NeighbourSpec, VectorSpec
+from app.engine.batch import MS_PER_DAY
+from app.engine.program import save_program
+from app.scenes import Scene, SceneSource
+from app.state.events import EventType
+from models.catalog import STATISTICS, VIEWS, Items, columns, listed
+from models.data import Tables
+from models.data.log import Log
+from models.recall import Neighbours, content, discovery, ease, item_cf, two_tower
+from models.recall.index import build_index
+
+WINDOW = 256
+"""Events of a user that models and features see."""
+LIST_LENGTH = 300
+
+# What an event says of the wish for an item; found on validation data, the ratios matter little.
+INTEREST = {
+    "select_item": 0.5,
+    "view_item": 0.5,
+    "add_to_wishlist": 1.0,
+    "add_to_cart": 1.5,
+    "begin_checkout": 1.5,
+    "purchase": 2.0,
+    "like": 1.5,
+}
+
+K: Mapping[str, int] = {
+    "history": 100,
+    "ease": 100,
+    "discovery": 80,
+    "item_cf": 80,
+    "session": 60,
+    "two_tower": 100,
+    "content": 60,
+    "trending": 60,
+    "popular": 60,
+    "new": 30,
+}
+"""Candidates by source, in the order of a cascade: what knows the user best comes first."""
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """A draft bundle with all its sources, and what is needed to label it."""
+
+    draft: Draft
+    items: Items
+    losses: Mapping[str, list[tuple[float, float]]]
+    seconds: Mapping[str, float]
+
+
+def fit(folder: Path, tables: Tables, log: Log, cut_ms: int, seed: int, progress: Progress) -> Fitted:
+    """Writes catalog and sources, fitted on the events before `cut_ms`, into `folder`."""
+    past = log.before(cut_ms)
+    items = listed(tables.items, log, cut_ms)
+    if not len(items.key):
+        raise ValueError("no item was listed before the first cut: the history is too short to learn from")
+    tensors, categories, brands = columns(items, past, cut_ms)
+    draft = Draft(folder, len(items.key), WINDOW, STATISTICS, tuple(categories), tuple(brands), [], [], {})
+    draft.save("catalog.safetensors", tensors)
+    known = items.rows(past.events["item"])
+    kept = known >= 0
+    interactions = (
+        past.user[kept],
+        known[kept].astype(np.int32),
+        past.events["ts"][kept],
+        past.events["type"][kept],
+    )
+    seconds: dict[str, float] = {}
+    losses: dict[str, list[tuple[float, float]]] = {}
+
+    def timed(name: str) -> Callable[[], None]:
+        progress(name)
+        begun = time.monotonic()
+        return lambda: seconds.update({name: round(time.monotonic() - begun, 1)})
+
+    own = Neighbours(np.arange(len(items.key), dtype=np.int32)[:, None], np.ones((len(items.key), 1), np.float32))
+    _neighbours(draft, "history", own, Anchors(weights=INTEREST, half_life_days=90, limit=WINDOW))
+
+    done = timed("ease")
+    if (table := ease.fit(*interactions, n_items=len(items.key), now_ms=cut_ms)) is not None:
+        _neighbours(draft, "ease", table, Anchors(weights=INTEREST, half_life_days=60, limit=64))
+    done()
+    done = timed("discovery")
+    table = discovery.fit(*interactions, n_items=len(items.key), now_ms=cut_ms, k=50)
+    _neighbours(draft, "discovery", table, Anchors(weights=INTEREST, half_life_days=365, limit=64))
+    done()
+    done = timed("item_cf")
+    table = item_cf.fit(*interactions, n_items=len(items.key))
+    _neighbours(draft, "item_cf", table, Anchors(weights=INTEREST, half_life_days=30, limit=32))
+    # The same table asked about the last hours alone: what the shopper is after right now.
+    _neighbours(draft, "session", table, Anchors(weights=INTEREST, half_life_days=0.25, limit=8), shared="item_cf")
+    done()
+
+    done = timed("two_tower")
+    towers = two_tower.fit(
+        *interactions,
+        features=content.features(items.frame),
+        profiles=past.profiles,
+        seed=seed,
+        on_epoch=lambda epoch, train, valid: progress(
+            f"two_tower, epoch {epoch}: loss {train:.3f}, validation {valid:.3f}"
+        ),
+    )
+    losses["two_tower"] = [(float(a), float(b)) for a, b in towers.losses]
+    _vectors(draft, "two_tower", towers, seed)
+    done()
+
+    done = timed("content")
+    table = content.fit(items.frame)
+    _neighbours(draft, "content", table, Anchors(weights=INTEREST, half_life_days=7, limit=16))
+    done()
+
+    _list(draft, "trending", _decayed(interactions, len(items.key), cut_ms, half_life_days=5.0))
+    _list(draft, "popular", _decayed(interactions, len(items.key), cut_ms, half_life_days=365.0))
+    _list(draft, "new", items.created_ms / MS_PER_DAY)
+    draft.scenes = scenes([source.name for source in draft.sources])
+    return Fitted(draft, items, losses, seconds)
+
+
+def scenes(sources: list[str]) -> dict[str, Scene]:
+    """The scenes a bundle starts with; rankers are named once they are trained."""
+    everything = tuple(SceneSource(name=name, k=k) for name, k in K.items() if name in sources)
+    # On a product page or in the cart what goes with the items there comes before what fits the user.
+    ahead = sorted(everything, key=lambda source: source.name not in ("item_cf", "session", "ease", "content"))
+    around = tuple(source for source in ahead if source.name != "history")
+    return {
+        "home": Scene(sources=everything),
+        "buy_again": Scene(sources=everything, repeats=True),
+        "detail": Scene(sources=around, context=True, diversity=0.02),
+        "cart": Scene(sources=around, context=True, diversity=0.02),
+    }
+
+
+def _neighbours(draft: Draft, name: str, table: Neighbours, anchors: Anchors, shared: str | None = None) -> None:
+    file = f"{shared or name}.safetensors"
+    if shared is None:
+        draft.save(file, {"rows": torch.from_numpy(table.rows), "weights": torch.from_numpy(table.weights)})
+    draft.sources.append(NeighbourSpec(name=name, table=file, anchors=anchors))
+
+
+def _list(draft: Draft, name: str, score: npt.NDArray[np.float64]) -> None:
+    best = np.argsort(-score, kind="stable")[:LIST_LENGTH]
+    best = best[score[best] > 0]
+    tensors = {
+        "rows": torch.from_numpy(best.astype(np.int32)),
+        "scores": torch.from_numpy(score[best].astype(np.float32)),
+    }
+    draft.sources.append(ListSpec(name=name, rows=draft.save(f"{name}.safetensors", tensors)))
+
+
+def _vectors(draft: Draft, name: str, towers: two_tower.TwoTower, seed: int) -> None:
+    vectors = np.ascontiguousarray(towers.item_vectors, np.float32)
+    kind, recall = build_index(vectors, vectors, draft.path / f"{name}.faiss", seed)
+    draft.sources.append(
+        VectorSpec(
+            name=name,
+            vectors=draft.save(f"{name}.safetensors", {"vectors": torch.from_numpy(vectors)}),
+            index=f"{name}.faiss",
+            index_kind=kind,
+            index_recall=recall,
+            encoder=save_program(towers.export(), draft.path / f"{name}.pt2"),
+            history=towers.history,
+            profile=towers.profile,
+        )
+    )
+
+
+def _decayed(
+    interactions: tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.int64], npt.NDArray[np.uint8]],
+    size: int,
+    now_ms: int,
+    half_life_days: float,
+) -> npt.NDArray[np.float64]:
+    """How much each item is wanted, old events counting less; each user counts once an item and kind."""
+    user, row, ts, kind = interactions
+    weight_by_kind = np.zeros(256)
+    for name, weight in INTEREST.items():
+        weight_by_kind[EventType[name.upper()]] = weight if EventType[name.upper()] not in VIEWS else weight / 10
+    _, last = np.unique(np.stack([user.astype(np.int64), row, kind])[:, ::-1], axis=1, return_index=True)
+    chosen = len(user) - 1 - last
+    age_days = (now_ms - ts[chosen]) / MS_PER_DAY
+    decayed = weight_by_kind[kind[chosen]] * 0.5 ** (age_days / half_life_days)
+    return np.bincount(row[chosen], decayed, minlength=size).astype(np.float64)

@@ -1,0 +1,269 @@
+"""Training: a shop's history in, a published bundle out.
+
+The order is leak-free: for several past cuts the sources are fitted on what came before the cut, the
+engine itself proposes candidates and computes their features as of the cut, and the ranker learns from
+what shoppers did in the window after it. Only then are the sources fitted again, on everything.
+"""
+
+import hashlib
+import subprocess
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version as installed
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from app.bundle import Bundle, RankerSpec, publish, seal
+from app.engine import Query
+from app.engine.batch import MS_PER_DAY
+from app.engine.features import feature_names
+from app.engine.pipeline import Pipeline
+from app.engine.recorded import record
+from app.scenes import Scene
+from app.state.events import EventType
+from models.catalog import Items
+from models.data import DataError, Tables
+from models.data.log import Log
+from models.ranking import mlp
+from models.sources import WINDOW, Fitted, Progress, fit
+
+BATCH = 32
+LEARNED = ("home", "buy_again")
+"""Scenes that get a ranker of their own: what a page may show decides what is worth learning for it."""
+RECORDED = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How a history is cut: `cuts_ms` ascending, each followed by a label window of `label_days`."""
+
+    cuts_ms: tuple[int, ...]
+    end_ms: int
+    label_days: float
+
+    @classmethod
+    def of(cls, log: Log, windows: int, label_days: float | None) -> "Plan":
+        """The last `windows` label windows that leave at least two fifths of the history before the first."""
+        first, end = int(log.events["ts"].min()), int(log.events["ts"].max()) + 1
+        span_days = (end - first) / MS_PER_DAY
+        if span_days < 1:
+            raise DataError("the events span less than a day: too short to learn from what came later")
+        days = label_days or min(30.0, span_days / 8)
+        cuts = [int(end - days * step * MS_PER_DAY) for step in range(1, windows + 1)]
+        kept = [cut for cut in cuts if cut - first >= 0.4 * (end - first)]
+        return cls(tuple(sorted(kept or cuts[:1])), end, days)
+
+
+@dataclass(slots=True)
+class Trained:
+    """What training learned besides the bundle."""
+
+    losses: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    candidate_recall: dict[str, float] = field(default_factory=dict)
+    """By scene: the share of the wanted items that the sources proposed, over the training windows."""
+
+
+def wanted(log: Log, start_ms: int, end_ms: int) -> Log:
+    """The events of a window that say what shoppers wanted: purchases, or whatever there is where nothing is bought."""
+    window = log.between(start_ms, end_ms)
+    bought = window.events["type"] == EventType.PURCHASE
+    if (log.events["type"] == EventType.PURCHASE).any():
+        return window.where(bought)
+    return window.where(
+        ~np.isin(window.events["type"], (EventType.HIDE, EventType.DISLIKE, EventType.REMOVE_FROM_CART))
+    )
+
+
+def targets(log: Log, items: Items, cut_ms: int, end_ms: int, repeats: bool) -> dict[int, npt.NDArray[np.int64]]:
+    """By user: the distinct item keys wanted in the window; without `repeats`, those never bought before the cut."""
+    window = wanted(log, cut_ms, end_ms)
+    user, key = window.user.astype(np.int64), window.events["item"]
+    if not repeats:
+        past = log.before(cut_ms)
+        bought = past.events["type"] == EventType.PURCHASE
+        before = {*zip(past.user[bought].tolist(), past.events["item"][bought].tolist(), strict=True)}
+        fresh = np.array([pair not in before for pair in zip(user.tolist(), key.tolist(), strict=True)], bool)
+        user, key = user[fresh], key[fresh]
+    found: dict[int, npt.NDArray[np.int64]] = {}
+    order = np.argsort(user, kind="stable")
+    users, starts = np.unique(user[order], return_index=True)
+    for one, keys in zip(users.tolist(), np.split(key[order], starts[1:]), strict=True):
+        found[one] = np.unique(keys)
+    return found
+
+
+def examples(
+    pipeline: Pipeline,
+    scene: Scene,
+    log: Log,
+    wanted_by: Mapping[int, npt.NDArray[np.int64]],
+    items: Items,
+    cut_ms: int,
+) -> tuple[mlp.Examples, float]:
+    """The candidates of every user with their features as of the cut and their labels, and the candidate recall."""
+    users = sorted(wanted_by)
+    parts, found, total = [], 0.0, 0
+    for start in range(0, len(users), BATCH):
+        chunk = users[start : start + BATCH]
+        states = log.states(cut_ms, WINDOW, chunk)
+        queries = [Query(str(user), user=log.users[user], scene="") for user in chunk]
+        with torch.inference_mode():
+            prepared = pipeline.prepare(scene, queries, states, cut_ms)
+            features = pipeline.features(prepared).clone()
+        candidates = prepared.candidates
+        label = torch.zeros(len(candidates.row))
+        for index, user in enumerate(chunk):
+            mine = (candidates.query == index).nonzero().squeeze(1)
+            hit = np.isin(items.key[candidates.row[mine].numpy()], wanted_by[user])
+            label[mine] = torch.from_numpy(hit.astype(np.float32))
+            found, total = found + hit.sum() / len(wanted_by[user]), total + 1
+        parts.append(mlp.Examples(features, candidates.query.clone(), label))
+    return mlp.stack(parts), found / max(total, 1)
+
+
+def train(
+    tables: Tables,
+    root: Path,
+    *,
+    seed: int = 0,
+    windows: int = 3,
+    label_days: float | None = None,
+    cut_ms: int | None = None,
+    most_users: int = 3000,
+    progress: Progress = lambda step: None,
+    activate: bool = True,
+) -> tuple[Bundle, Trained]:
+    """Trains on the events before `cut_ms` (default: all) and publishes the bundle in `root`.
+
+    Raises `DataError` when the history cannot teach anything.
+    """
+    begun = time.monotonic()
+    torch.manual_seed(seed)
+    log = Log.from_tables(tables)
+    if cut_ms is not None:
+        log = log.before(cut_ms)
+    if not len(log.events):
+        raise DataError("no events to learn from")
+    plan = Plan.of(log, windows, label_days)
+    end_ms = cut_ms or plan.end_ms
+    trained = Trained()
+    learned: dict[str, list[mlp.Examples]] = {name: [] for name in LEARNED}
+    recall: dict[str, list[float]] = {name: [] for name in LEARNED}
+    rng = np.random.default_rng(seed)
+    for number, cut in enumerate(plan.cuts_ms, 1):
+        note = _prefixed(progress, f"window {number}/{len(plan.cuts_ms)}: ")
+        with tempfile.TemporaryDirectory() as folder:
+            fitted = fit(Path(folder), tables, log, cut, seed, note)
+            pipeline = Pipeline(seal(fitted.draft, "window"), torch.device("cpu"), BATCH)
+            for name in LEARNED:
+                scene = fitted.draft.scenes[name]
+                until = int(cut + plan.label_days * MS_PER_DAY)
+                wanted_by = targets(log, fitted.items, cut, until, scene.repeats)
+                chosen = rng.permutation(sorted(wanted_by))[:most_users].tolist()
+                note(f"candidates for {name}, {len(chosen)} shoppers")
+                if chosen:
+                    part, share = examples(
+                        pipeline, scene, log, {user: wanted_by[user] for user in chosen}, fitted.items, cut
+                    )
+                    learned[name].append(part)
+                    recall[name].append(share)
+
+    rankers: dict[str, mlp.Mlp] = {}
+    for name in LEARNED:
+        trained.candidate_recall[name] = float(np.mean(recall[name])) if recall[name] else 0.0
+        losses: list[tuple[float, float]] = []
+
+        def on_epoch(epoch: int, train_loss: float, valid_loss: float, name: str = name, losses: Any = losses) -> None:
+            losses.append((train_loss, valid_loss))
+            progress(f"ranker {name}, epoch {epoch}: loss {train_loss:.3f}, validation {valid_loss:.3f}")
+
+        if learned[name]:
+            begun_ranker = time.monotonic()
+            try:
+                rankers[name] = mlp.fit(mlp.stack(learned[name]), seed=seed, on_epoch=on_epoch)
+            except ValueError as error:
+                progress(f"no ranker for {name}: {error}")
+            trained.seconds[f"ranker {name}"] = round(time.monotonic() - begun_ranker, 1)
+            trained.losses[f"ranker {name}"] = losses
+    learned.clear()
+
+    def write(folder: Path, version: str) -> Bundle:
+        fitted = fit(folder, tables, log, end_ms, seed, _prefixed(progress, "final fit: "))
+        trained.losses.update(fitted.losses)
+        trained.seconds.update(fitted.seconds)
+        _with_rankers(fitted, rankers)
+        progress("recorded queries")
+        _with_recorded(fitted, log, end_ms, seed)
+        fitted.draft.metrics = {"candidate_recall": trained.candidate_recall, "losses": trained.losses}
+        fitted.draft.provenance = {
+            "events": len(log.events),
+            "users": len(log.users),
+            "data_sha256": fingerprint(log),
+            "cut_ms": end_ms,
+            "seed": seed,
+            "plan": asdict(plan),
+            "code": code_version(),
+            "seconds": trained.seconds | {"total": round(time.monotonic() - begun, 1)},
+        }
+        return seal(fitted.draft, version)
+
+    return publish(root, write, activate_it=activate), trained
+
+
+def _with_rankers(fitted: Fitted, rankers: Mapping[str, mlp.Mlp]) -> None:
+    draft = fitted.draft
+    for name, ranker in rankers.items():
+        scene = draft.scenes[name]
+        features = feature_names([source.name for source in scene.sources], draft.statistics)
+        program = mlp.export(ranker, len(features), draft.path / f"ranker_{name}.pt2")
+        draft.rankers.append(RankerSpec(name=name, program=program, features=features))
+        draft.scenes[name] = scene.model_copy(update={"fusion": "learned", "ranker": name})
+
+
+def _with_recorded(fitted: Fitted, log: Log, now_ms: int, seed: int) -> None:
+    """Records what a few shoppers, and one nobody knows, get from this bundle in every scene."""
+    draft = fitted.draft
+    pipeline = Pipeline(seal(draft, "recording"), torch.device("cpu"), BATCH)
+    active = np.unique(log.user)
+    users = np.random.default_rng(seed).permutation(active)[:RECORDED].tolist()
+    states = log.states(now_ms, WINDOW, users)
+    item = fitted.items.frame["item_id"][0]
+    queries = [
+        Query(f"{scene}-{user}", scene=scene, anchors=(item,) if draft.scenes[scene].context else ())
+        for scene in draft.scenes
+        for user in users
+    ]
+    draft.recorded = record(pipeline, queries, states * len(draft.scenes), now_ms, draft.path / "recorded.json")
+
+
+def fingerprint(log: Log) -> str:
+    """SHA-256 over the events in their canonical order."""
+    digest = hashlib.sha256(np.ascontiguousarray(log.events).tobytes())
+    digest.update(np.ascontiguousarray(log.user).tobytes())
+    return digest.hexdigest()
+
+
+def code_version() -> str:
+    """The installed version, with the commit where the code runs from a checkout."""
+    try:
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = ""
+    return " ".join(filter(None, [installed("millirec"), commit]))
+
+
+def _prefixed(progress: Progress, prefix: str) -> Progress:
+    return lambda step: progress(prefix + step)

@@ -164,7 +164,7 @@ def open_bundle(path: Path) -> Bundle:
     """
     try:
         raw = json.loads((path / MANIFEST).read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BundleError(f"{path.name}: cannot read {MANIFEST}: {error}") from error
     found = raw.get("format") if isinstance(raw, dict) else None
     if found != FORMAT:
@@ -186,6 +186,8 @@ def open_bundle(path: Path) -> Bundle:
 
 
 def _check_file(path: Path, name: str, spec: FileSpec) -> str | None:
+    if name != Path(name).name:
+        return f"{name!r} is not a plain file name"
     file = path / name
     if not file.is_file():
         return f"{name} is missing"
@@ -276,24 +278,29 @@ def publish(root: Path, write: Callable[[Path, str], Bundle], *, activate_it: bo
     """Lets `write(folder, version)` fill and seal a folder, then makes it a version of `root` in one step.
 
     A reader sees the whole bundle or none of it, also when this process or the machine dies midway.
+    Raises `BundleError` when what was written cannot be served; then nothing has changed.
     """
     root.mkdir(parents=True, exist_ok=True)
     version = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{os.urandom(4).hex()}"
     staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=root))
+    folder = staging / version
     try:
-        write(staging, version)
-        staging.chmod(0o755)
-        for file in staging.iterdir():
+        folder.mkdir()
+        write(folder, version)
+        # Whoever serves it may be another user than the one who trains.
+        folder.chmod(0o755)
+        for file in folder.iterdir():
+            file.chmod(0o644)
             _sync(file)
-        _sync(staging)
-        staging.rename(root / version)
-    except BaseException:
+        _sync(folder)
+        manifest = open_bundle(folder).manifest
+        folder.rename(root / version)
+    finally:
         shutil.rmtree(staging, ignore_errors=True)
-        raise
     _sync(root)
     if activate_it:
         activate(root, version)
-    return Bundle(root / version, open_bundle(root / version).manifest)
+    return Bundle(root / version, manifest)
 
 
 def activate(root: Path, version: str) -> None:

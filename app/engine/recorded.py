@@ -39,10 +39,13 @@ def replay(pipeline: Pipeline) -> None:
     name = pipeline.bundle.manifest.recorded
     if name is None:
         return
-    recorded = json.loads((pipeline.bundle.path / name).read_bytes())
-    entries = recorded["entries"]
-    queries = [_query(index, entry) for index, entry in enumerate(entries)]
-    slates = pipeline.run(queries, [_state(entry) for entry in entries], recorded["now_ms"])
+    try:
+        recorded = json.loads((pipeline.bundle.path / name).read_bytes())
+        entries = recorded["entries"]
+        queries = [_query(index, entry) for index, entry in enumerate(entries)]
+        slates = pipeline.run(queries, [_state(entry) for entry in entries], recorded["now_ms"])
+    except (ValueError, LookupError, TypeError) as error:
+        raise BundleError(f"{name} cannot be replayed: {error!r}") from error
     for index, (entry, slate) in enumerate(zip(entries, slates, strict=True)):
         items = [item.item_id for item in slate.items]
         scores = np.array([item.score for item in slate.items])
@@ -51,7 +54,7 @@ def replay(pipeline: Pipeline) -> None:
             raise BundleError(f"recorded query {index} got {len(items)} items, degraded {list(slate.degraded)}")
         allowed = TOLERANCE * max(1.0, float(np.ptp(expected))) if len(expected) else 0.0
         # Items whose scores tie may change places on another processor; their scores may not change.
-        if np.abs(scores - expected).max(initial=0.0) > allowed:
+        if not (np.abs(scores - expected) <= allowed).all():  # NaN is other too
             raise BundleError(f"recorded query {index} got other scores than the bundle was published with")
         moved = [place for place, item in enumerate(items) if item != entry["items"][place]]
         for place in moved:

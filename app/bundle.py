@@ -67,7 +67,7 @@ class VectorSpec(_Spec):
     kind: Literal["vectors"] = "vectors"
     name: str
     vectors: str
-    """safetensors file with `vectors` [n, d]."""
+    """safetensors file with `vectors` float16 [n, d]."""
     index: str
     """FAISS file."""
     index_kind: Literal["flat", "ivf", "hnsw"]
@@ -85,7 +85,7 @@ class NeighbourSpec(_Spec):
     kind: Literal["neighbours"] = "neighbours"
     name: str
     table: str
-    """safetensors file with `rows` int32 [n, K], best first, -1 for none, and `weights` [n, K]."""
+    """safetensors file with `rows` int32 [n, K], best first, -1 for none, and `weights` float16 [n, K]."""
     anchors: Anchors
 
 

@@ -43,7 +43,8 @@ class Catalog:
             self.brand = columns["brand"].to(device)
             self.available = columns["available"].to(device)
             self.created_ms = columns["created_ms"].to(device)
-            self.statistics = columns["statistics"].to(device)
+            self.statistics = columns["statistics"].t().contiguous().to(device)
+            """float32 [S, n]: a row for each of the manifest's `statistics`."""
             self._id_bytes, self._id_ends = _strings(columns, "id")
             self._attribute_bytes, self._attribute_ends = _strings(columns, "attributes")
         except KeyError as error:
@@ -69,11 +70,13 @@ class Catalog:
         return rows[rows != NO_ROW]
 
     def ids(self, rows: Sequence[int]) -> list[str]:
-        return [_string(self._id_bytes, self._id_ends, row) for row in rows]
+        data, ends = self._id_bytes, self._id_ends
+        return [str(data[ends[row - 1] if row else 0 : ends[row]], "utf-8") for row in rows]
 
     def attributes(self, row: int) -> dict[str, Any]:
         """What the shop told us of the item, title and price included."""
-        found: dict[str, Any] = json.loads(_string(self._attribute_bytes, self._attribute_ends, row))
+        data, ends = self._attribute_bytes, self._attribute_ends
+        found: dict[str, Any] = json.loads(str(data[ends[row - 1] if row else 0 : ends[row]], "utf-8"))
         return found
 
     def eligible(self, where: Where) -> Tensor:
@@ -100,12 +103,8 @@ def _strings(columns: Mapping[str, Tensor], name: str) -> tuple[memoryview, memo
     return columns[f"{name}_bytes"].numpy().data, columns[f"{name}_ends"].numpy().data
 
 
-def _string(data: memoryview, ends: memoryview, row: int) -> str:
-    return str(data[ends[row - 1] if row else 0 : ends[row]], "utf-8")
-
-
 def pack_strings(strings: Sequence[str], name: str) -> dict[str, Tensor]:
-    """The two columns by which the catalog stores a string an item."""
+    """The two columns by which the catalog stores a string an item: their bytes, and where each ends."""
     encoded = [string.encode() for string in strings]
     ends = np.cumsum([len(string) for string in encoded], dtype=np.int64)
     data = np.frombuffer(b"".join(encoded), np.uint8).copy()

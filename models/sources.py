@@ -19,14 +19,16 @@ from app.engine.program import save_program
 from app.scenes import Scene, SceneSource
 from app.state.events import EventType
 from models.catalog import STATISTICS, VIEWS, Items, columns, listed
-from models.data import Tables
+from models.data import DataError, Tables
 from models.data.log import Log
-from models.recall import Neighbours, content, discovery, ease, item_cf, two_tower
+from models.recall import STRENGTH, Neighbours, content, discovery, ease, item_cf, two_tower
 from models.recall.index import build_index
 
 WINDOW = 256
 """Events of a user that models and features see."""
 LIST_LENGTH = 300
+NEIGHBOURS = 32
+"""Neighbours an item; the time of a request goes with them, and 50 rank no better."""
 
 # What an event says of the wish for an item; found on validation data, the ratios matter little.
 INTEREST = {
@@ -41,15 +43,15 @@ INTEREST = {
 
 K: Mapping[str, int] = {
     "history": 100,
-    "ease": 100,
-    "discovery": 80,
-    "item_cf": 80,
-    "session": 60,
-    "two_tower": 100,
-    "content": 60,
-    "trending": 60,
-    "popular": 60,
-    "new": 30,
+    "ease": 80,
+    "discovery": 60,
+    "item_cf": 60,
+    "session": 40,
+    "two_tower": 80,
+    "content": 40,
+    "trending": 50,
+    "popular": 40,
+    "new": 20,
 }
 """Candidates by source, in the order of a cascade: what knows the user best comes first."""
 
@@ -67,11 +69,16 @@ class Fitted:
 
 
 def fit(folder: Path, tables: Tables, log: Log, cut_ms: int, seed: int, progress: Progress) -> Fitted:
-    """Writes catalog and sources, fitted on the events before `cut_ms`, into `folder`."""
+    """Writes catalog and sources, fitted on the events before `cut_ms`, into `folder`.
+
+    `log` holds the later events too: they tell which items were not there yet. Raises `DataError`.
+    """
     past = log.before(cut_ms)
     items = listed(tables.items, log, cut_ms)
     if not len(items.key):
-        raise ValueError("no item was listed before the first cut: the history is too short to learn from")
+        raise DataError("no item was listed before the first cut: the history is too short to learn from")
+    if not STRENGTH[past.events["type"]].any():
+        raise DataError("no event before the first cut says what anybody wants: there is nothing to learn from")
     tensors, categories, brands = columns(items, past, cut_ms)
     draft = Draft(folder, len(items.key), WINDOW, STATISTICS, tuple(categories), tuple(brands), [], [], {})
     draft.save("catalog.safetensors", tensors)
@@ -99,11 +106,11 @@ def fit(folder: Path, tables: Tables, log: Log, cut_ms: int, seed: int, progress
         _neighbours(draft, "ease", table, Anchors(weights=INTEREST, half_life_days=60, limit=64))
     done()
     done = timed("discovery")
-    table = discovery.fit(*interactions, n_items=len(items.key), now_ms=cut_ms, k=50)
+    table = discovery.fit(*interactions, n_items=len(items.key), now_ms=cut_ms, k=NEIGHBOURS)
     _neighbours(draft, "discovery", table, Anchors(weights=INTEREST, half_life_days=365, limit=64))
     done()
     done = timed("item_cf")
-    table = item_cf.fit(*interactions, n_items=len(items.key))
+    table = item_cf.fit(*interactions, n_items=len(items.key), k=NEIGHBOURS)
     _neighbours(draft, "item_cf", table, Anchors(weights=INTEREST, half_life_days=30, limit=32))
     # The same table asked about the last hours alone: what the shopper is after right now.
     _neighbours(draft, "session", table, Anchors(weights=INTEREST, half_life_days=0.25, limit=8), shared="item_cf")
@@ -124,7 +131,7 @@ def fit(folder: Path, tables: Tables, log: Log, cut_ms: int, seed: int, progress
     done()
 
     done = timed("content")
-    table = content.fit(items.frame)
+    table = content.fit(items.frame, k=NEIGHBOURS)
     _neighbours(draft, "content", table, Anchors(weights=INTEREST, half_life_days=7, limit=16))
     done()
 
@@ -152,7 +159,7 @@ def scenes(sources: list[str]) -> dict[str, Scene]:
 def _neighbours(draft: Draft, name: str, table: Neighbours, anchors: Anchors, shared: str | None = None) -> None:
     file = f"{shared or name}.safetensors"
     if shared is None:
-        draft.save(file, {"rows": torch.from_numpy(table.rows), "weights": torch.from_numpy(table.weights)})
+        draft.save(file, {"rows": torch.from_numpy(table.rows), "weights": torch.from_numpy(table.weights).half()})
     draft.sources.append(NeighbourSpec(name=name, table=file, anchors=anchors))
 
 
@@ -172,7 +179,7 @@ def _vectors(draft: Draft, name: str, towers: two_tower.TwoTower, seed: int) -> 
     draft.sources.append(
         VectorSpec(
             name=name,
-            vectors=draft.save(f"{name}.safetensors", {"vectors": torch.from_numpy(vectors)}),
+            vectors=draft.save(f"{name}.safetensors", {"vectors": torch.from_numpy(vectors).half()}),
             index=f"{name}.faiss",
             index_kind=kind,
             index_recall=recall,

@@ -68,6 +68,8 @@ class Batcher:
         self._observe(len(batch), time.monotonic() - batch[0][2])
         try:
             answers: Sequence[Slate | Exception] = await self._answer([query for query, _, _ in batch])
+            if len(answers) != len(batch):
+                raise RuntimeError(f"{len(answers)} answers to {len(batch)} queries")
         except Exception as error:
             answers = [error] * len(batch)
         except BaseException:

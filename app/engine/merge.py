@@ -22,23 +22,26 @@ class Candidates:
     row: Tensor
     """int64 [M]."""
     score: Tensor
-    """float32 [M, S]: what each source gives the item; 0 where it says nothing."""
+    """float32 [S, M]: what each source gives the item; 0 where it says nothing."""
     rank: Tensor
-    """float32 [M, S]: 0 for the best of a source, `ABSENT` where it does not propose the item."""
+    """float32 [S, M]: 0 for the best of a source, `ABSENT` where it does not propose the item."""
     best: Tensor
-    """float32 [B, S]: the best score that each source gave in the query, 0 where it gave none."""
+    """float32 [S, B]: the best score that each source gave in the query, 0 where it gave none."""
 
     def where(self, mask: Tensor) -> "Candidates":
         """The candidates for which the bool [M] holds, in the same order."""
         kept = mask.nonzero().squeeze(1)
-        query, row, score, rank = (
-            column.index_select(0, kept) for column in (self.query, self.row, self.score, self.rank)
+        return Candidates(
+            self.query.index_select(0, kept),
+            self.row.index_select(0, kept),
+            self.score.index_select(1, kept),
+            self.rank.index_select(1, kept),
+            self.best,
         )
-        return Candidates(query, row, score, rank, self.best)
 
     @property
     def proposed(self) -> Tensor:
-        """bool [M, S]: which sources propose the item."""
+        """bool [S, M]: which sources propose the item."""
         return self.rank < ABSENT
 
 
@@ -57,12 +60,14 @@ def merge(batch: Batch, recalled: Sequence[Recalled], ks: Sequence[int], pairs: 
 
     index = pairs.find(query, row, of_query, of_row)
     hit = (index >= 0).nonzero().squeeze(1)
-    cell = index[hit] * sources + source[hit]
-    scores = torch.zeros(len(of_query) * sources, device=device).index_copy_(0, cell, score[hit])
-    ranks = torch.full((len(of_query) * sources,), ABSENT, device=device)
+    size = len(of_query)
+    cell = source[hit] * size + index[hit]
+    scores = torch.zeros(sources * size, device=device).index_copy_(0, cell, score[hit])
+    ranks = torch.full((sources * size,), ABSENT, device=device)
     ranks.index_copy_(0, cell, torch.where(proposed, rank.float(), ABSENT)[hit])
     top = (rank == 0).nonzero().squeeze(1)
-    best = torch.zeros(batch.size * sources, device=device)
-    best.index_copy_(0, query[top] * sources + source[top], score[top])
-    shape = (-1, sources)
-    return Candidates(of_query, of_row, scores.view(shape), ranks.view(shape), best.view(shape))
+    best = torch.zeros(sources * batch.size, device=device)
+    best.index_copy_(0, source[top] * batch.size + query[top], score[top])
+    return Candidates(
+        of_query, of_row, scores.view(sources, size), ranks.view(sources, size), best.view(sources, batch.size)
+    )

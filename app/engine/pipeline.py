@@ -59,10 +59,9 @@ class Pipeline:
         }
         self._rankers = {spec.name: Ranker(spec, bundle, device) for spec in bundle.manifest.rankers}
         self._lists = {spec.name for spec in bundle.manifest.sources if isinstance(spec, ListSpec)}
-        self._popular = self.catalog.statistics[:, 0] if bundle.manifest.statistics else None
+        self._popular = self.catalog.statistics[0] if bundle.manifest.statistics else None
         self.scenes: Mapping[str, Scene] = {}
         self.use(bundle.manifest.scenes)
-        self._names = lru_cache(maxsize=4096)(_names)
 
     def use(self, scenes: Mapping[str, Scene]) -> None:
         """Replaces the scenes; raises `BundleError` for one that its ranker does not fit."""
@@ -103,7 +102,7 @@ class Pipeline:
         for column, source in enumerate(scene.sources):
             vectors = self.sources[source.name]
             if isinstance(vectors, VectorSource) and source.name in batch.user_vectors:
-                candidates.score[:, column] = vectors.score(batch, candidates.query, candidates.row)
+                candidates.score[column] = vectors.score(batch, candidates.query, candidates.row)
         return Prepared(batch, candidates, degraded)
 
     def _recall(self, batch: Batch, scene: Scene) -> tuple[list[Recalled], list[str]]:
@@ -177,12 +176,12 @@ class Pipeline:
         query_column, row_column = torch.cat(queries), torch.cat(rows)
         order = query_column.argsort(stable=True)
         added = len(query_column) - len(candidates.query)
-        sources = candidates.score.shape[1]
+        sources = candidates.score.shape[0]
         return Candidates(
             query_column[order],
             row_column[order],
-            torch.cat([candidates.score, torch.zeros((added, sources), device=self.device)])[order],
-            torch.cat([candidates.rank, torch.full((added, sources), ABSENT, device=self.device)])[order],
+            torch.cat([candidates.score, torch.zeros((sources, added), device=self.device)], 1)[:, order],
+            torch.cat([candidates.rank, torch.full((sources, added), ABSENT, device=self.device)], 1)[:, order],
             candidates.best,
         )
 
@@ -191,7 +190,7 @@ class Pipeline:
         for name, users in batch.user_vectors.items():
             source = self.sources[name]
             if isinstance(source, VectorSource):
-                return source.vectors.index_select(0, row) @ users[index]
+                return source.vectors.index_select(0, row).float() @ users[index]
         if self._popular is not None:
             return self._popular.index_select(0, row)
         return torch.zeros(len(row), device=self.device)
@@ -208,11 +207,12 @@ class Pipeline:
         if len(candidates.row):
             found = position.clamp(min=0)
             bit = 2 ** torch.arange(len(scene_sources), device=self.device)
-            proposed = (candidates.proposed * bit).sum(1)
-            rows, masks = candidates.row[found].tolist(), proposed[found].tolist()
+            proposed = candidates.rank[:, found.flatten()] < ABSENT
+            rows, masks = candidates.row[found].tolist(), (proposed * bit[:, None]).sum(0).view_as(found).tolist()
         else:
             rows = masks = [[]] * batch.size
         counts = (position >= 0).sum(1).tolist()
+        names = {mask: _names(mask, scene_sources) for own in masks for mask in set(own)}
         scores = score.tolist()
         slates = []
         for index, query in enumerate(batch.queries):
@@ -223,7 +223,7 @@ class Pipeline:
                     SlateItem,
                     self.catalog.ids(own),
                     scores[index][:count],
-                    [self._names(mask, scene_sources) for mask in masks[index][:count]],
+                    [names[mask] for mask in masks[index][:count]],
                 )
             )
             if query.explain or query.fields:
@@ -245,5 +245,6 @@ class Pipeline:
         )
 
 
+@lru_cache(maxsize=4096)
 def _names(mask: int, sources: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(name for bit, name in enumerate(sources) if mask >> bit & 1)

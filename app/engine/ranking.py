@@ -16,34 +16,34 @@ from app.engine.program import load_program
 
 def reciprocal_rank(candidates: Candidates, weights: Tensor) -> Tensor:
     """sum of w / (60 + rank), with ranks from 1 (Cormack, Clarke & Buettcher, SIGIR 2009)."""
-    return (weights * candidates.proposed / (61.0 + candidates.rank)).sum(1)
+    return (weights[:, None] * candidates.proposed / (61.0 + candidates.rank)).sum(0)
 
 
 def voting(candidates: Candidates, weights: Tensor) -> Tensor:
     """One vote a source; the reciprocal-rank score, scaled to below the least vote, breaks ties."""
     tie = reciprocal_rank(candidates, weights / weights.sum())
-    return (weights * candidates.proposed).sum(1) + tie * weights[weights > 0].min()
+    return (weights[:, None] * candidates.proposed).sum(0) + tie * weights[weights > 0].min()
 
 
 def weighted(candidates: Candidates, weights: Tensor) -> Tensor:
     """Weighted mean of the sources' scores, each scaled to 0..1 within the query's proposals."""
     query, score, proposed = candidates.query, candidates.score, candidates.proposed
-    by_query = query[:, None].expand_as(score)
+    by_query = query.expand_as(score)
     lowest = torch.full_like(candidates.best, torch.inf)
-    lowest = lowest.scatter_reduce(0, by_query, torch.where(proposed, score, torch.inf), "amin")
+    lowest = lowest.scatter_reduce(1, by_query, torch.where(proposed, score, torch.inf), "amin")
     highest = torch.full_like(candidates.best, -torch.inf)
-    highest = highest.scatter_reduce(0, by_query, torch.where(proposed, score, -torch.inf), "amax")
-    low, spread = lowest.index_select(0, query), (highest - lowest).index_select(0, query)
+    highest = highest.scatter_reduce(1, by_query, torch.where(proposed, score, -torch.inf), "amax")
+    low, spread = lowest.index_select(1, query), (highest - lowest).index_select(1, query)
     scaled = torch.where(spread > 0, (score - low) / spread, 1.0)
-    return (torch.where(proposed, scaled, 0.0) * weights).sum(1) / weights.sum()
+    return (torch.where(proposed, scaled, 0.0) * weights[:, None]).sum(0) / weights.sum()
 
 
 def cascade(candidates: Candidates, weights: Tensor) -> Tensor:
     """All of the first source in its order, then what the second adds, and so on."""
-    sources = candidates.rank.shape[1]
-    place = torch.arange(sources, device=candidates.rank.device) * ABSENT + candidates.rank
+    sources = candidates.rank.shape[0]
+    place = torch.arange(sources, device=candidates.rank.device)[:, None] * ABSENT + candidates.rank
     last = sources * ABSENT
-    return 1.0 - torch.where(candidates.proposed, place, last).amin(1) / last
+    return 1.0 - torch.where(candidates.proposed, place, last).amin(0) / last
 
 
 FUSIONS: Mapping[str, Callable[[Candidates, Tensor], Tensor]] = {

@@ -13,7 +13,7 @@ from app.engine import Query
 from app.engine.pipeline import Pipeline
 from app.state.events import EVENT, EXCLUSION, UserState
 
-TOLERANCE = 1e-3
+TOLERANCE = 1e-2
 """By how much a score may differ on another processor or device, relative to the spread of the slate."""
 
 

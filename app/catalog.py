@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -33,7 +34,7 @@ class Catalog:
                     f"catalog column statistics is {columns['statistics'].shape[1]} wide,"
                     f" the manifest names {len(bundle.manifest.statistics)}"
                 )
-            self.key = columns["key"].to(device)
+            self._key = columns["key"].numpy()
             self.price = columns["price"].to(device)
             self.category = columns["category"].to(device)
             """int32 [n, depth]: the item's category path as indices into `categories`, -1 below its leaf."""
@@ -49,25 +50,35 @@ class Catalog:
             self._attribute_bytes, self._attribute_ends = _strings(columns, "attributes")
         except KeyError as error:
             raise BundleError(f"catalog.safetensors has no column {error}") from error
-        if self.size and not bool((self.key[1:] > self.key[:-1]).all()):
+        if not (self._key[1:] > self._key[:-1]).all():
             raise BundleError("catalog keys are not ascending and distinct")
         self.device = device
         self.categories, self.brands = len(bundle.manifest.categories), len(bundle.manifest.brands)
+        self.log_price = torch.log1p(self.price.nan_to_num(0.0).clamp(min=0))
+        """float32 [n]: log(1 + price), 0 where unknown."""
+        groups = (self.leaf, self.category[:, 0], self.brand)
+        sizes = [self.categories + 1, self.categories + 1, self.brands + 1]
+        starts = [0, sizes[0], sizes[0] + sizes[1]]
+        self.groups = torch.stack([codes + 1 + start for codes, start in zip(groups, starts, strict=True)])
+        """int32 [3, n]: leaf category, department and brand as positions in one row of `group_count` cells."""
+        self.group_count = sum(sizes)
+        self.no_group = torch.tensor(starts, device=device)
+        """int64 [3]: the cells of items that have none."""
         self._category_code = {name: code for code, name in enumerate(bundle.manifest.categories)}
         self._brand_code = {name: code for code, name in enumerate(bundle.manifest.brands)}
         self._eligible = lru_cache(maxsize=32)(self._compute_eligible)
 
-    def rows(self, keys: Tensor) -> Tensor:
-        """Row of each int64 key, `NO_ROW` for an item this bundle does not know."""
+    def rows(self, keys: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Row of each key, `NO_ROW` for an item this bundle does not know."""
         if not self.size:
-            return torch.full_like(keys, NO_ROW)
-        found = torch.searchsorted(self.key, keys).clamp_(max=self.size - 1)
-        return torch.where(self.key[found] == keys, found, NO_ROW)
+            return np.full(len(keys), NO_ROW)
+        found = np.searchsorted(self._key, keys).clip(max=self.size - 1)
+        return np.where(self._key[found] == keys, found, NO_ROW)
 
     def rows_of(self, ids: Sequence[str]) -> Tensor:
         """int64 [<= len(ids)]: rows of the ids that the bundle knows."""
-        rows = self.rows(torch.tensor([item_key(name) for name in ids], dtype=torch.int64, device=self.device))
-        return rows[rows != NO_ROW]
+        rows = self.rows(np.array([item_key(name) for name in ids], np.int64))
+        return torch.from_numpy(rows[rows != NO_ROW]).to(self.device)
 
     def ids(self, rows: Sequence[int]) -> list[str]:
         data, ends = self._id_bytes, self._id_ends

@@ -263,7 +263,7 @@ def test_neighbour_scores_are_the_weighted_sum(pipeline: Pipeline) -> None:
     recalled = source.recall(prepared.batch, 15, False)
     expected: dict[int, float] = {}
     for event in user.events:
-        anchor = int(pipeline.catalog.rows(torch.tensor([event["item"]]))[0])
+        anchor = int(pipeline.catalog.rows(np.array([event["item"]]))[0])
         weight = 2.0 * 0.5 ** ((NOW_MS - event["ts"]) / 86_400_000 / 30)
         for near, value in zip(source.rows[anchor].tolist(), source.weights[anchor].tolist(), strict=True):
             expected[near] = expected.get(near, 0.0) + weight * value

@@ -4,8 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from hashlib import blake2b
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -15,6 +17,8 @@ from app.state.events import EVENT, EXCLUSION, Events, UserState, item_key
 
 MS_PER_DAY = 86_400_000.0
 PROFILE_BUCKETS = 4096
+NAMED = 3
+"""The exclusion of one request, beside HIDDEN and BOUGHT."""
 
 
 def profile_codes(profile: Mapping[str, str], width: int) -> list[int]:
@@ -50,8 +54,6 @@ class Batch:
     """int64 [E]: `EventType`."""
     age_days: Tensor
     """float32 [E], never negative."""
-    value: Tensor
-    """float32 [E], NaN where unknown."""
     quantity: Tensor
     """float32 [E]."""
     from_end: Tensor
@@ -62,7 +64,7 @@ class Batch:
     excluded_query: Tensor
     excluded_row: Tensor
     excluded_kind: Tensor
-    """int64 [X]: exclusions of the users."""
+    """int64 [X]: what the users excluded, and as `NAMED` what is on the page or the request excludes."""
     states: Sequence[UserState]
     user_vectors: dict[str, Tensor] = field(default_factory=dict)
     """float32 [B, d] by vector source, left there by its recall."""
@@ -79,62 +81,61 @@ class Batch:
 
 def collate(queries: Sequence[Query], states: Sequence[UserState], catalog: Catalog, window: int, now_ms: int) -> Batch:
     """The batch of `queries`; `states` are those of their users, in the same order."""
-    device = catalog.device
+    device, size = catalog.device, len(queries)
+    # In numpy: the bytes come from the host, and on arrays this small its calls cost a quarter of torch's.
     # A state may hold more events than the bundle was trained to see, and events of the future: the
     # clock of `now_ms` may be that of a recorded query or of a training cut.
     histories = [state.events[-window:] for state in states]
     events = _joined(histories, EVENT)
-    query = np.repeat(np.arange(len(queries)), [len(history) for history in histories])
-    row = catalog.rows(_tensor(events["item"], device))
-    known = row != NO_ROW
-    query_known = _tensor(query, device)[known]
-    counts = torch.bincount(query_known, minlength=len(queries))
-    from_end = counts.cumsum(0)[query_known] - 1 - torch.arange(len(query_known), device=device)
+    row = catalog.rows(events["item"])
+    known = np.flatnonzero(row != NO_ROW)
+    query = np.repeat(np.arange(size), [len(history) for history in histories])[known]
+    from_end = np.bincount(query, minlength=size).cumsum()[query] - 1 - np.arange(len(query))
+    age_days = np.maximum(now_ms - events["ts"][known], 0) / MS_PER_DAY
 
-    exclusions = [state.exclusions for state in states]
-    excluded = _joined(exclusions, EXCLUSION)
-    excluded_query = np.repeat(np.arange(len(queries)), [len(exclusion) for exclusion in exclusions])
-    excluded_row = catalog.rows(_tensor(excluded["item"], device))
-    excluded_known = excluded_row != NO_ROW
+    excluded = _joined([state.exclusions for state in states], EXCLUSION)
+    owner = np.repeat(np.arange(size), [len(state.exclusions) for state in states])
+    anchor_query, anchor_row = _named([query.anchors for query in queries], catalog)
+    refused_query, refused_row = _named([query.where.exclude for query in queries], catalog)
+    excluded_row = np.concatenate([catalog.rows(excluded["item"]), anchor_row, refused_row])
+    excluded_query = np.concatenate([owner, anchor_query, refused_query])
+    excluded_kind = np.full(len(excluded_row), NAMED)
+    excluded_kind[: len(excluded)] = excluded["kind"]
+    excluding = np.flatnonzero(excluded_row != NO_ROW)
 
-    anchors = [(index, item_key(item)) for index, query in enumerate(queries) for item in query.anchors]
-    anchor = torch.tensor(anchors, dtype=torch.int64, device=device).reshape(-1, 2)
-    anchor_row = catalog.rows(anchor[:, 1].contiguous())
-    anchor_known = anchor_row != NO_ROW
+    def tensor(column: npt.NDArray[Any], dtype: npt.DTypeLike = np.int64) -> Tensor:
+        return torch.from_numpy(column.astype(dtype)).to(device)
 
-    def column(name: str, dtype: torch.dtype) -> Tensor:
-        return _tensor(events[name], device).to(dtype)[known]
-
-    age_ms = now_ms - column("ts", torch.int64)
     return Batch(
         queries=queries,
         now_ms=now_ms,
         device=device,
         items=catalog.size,
-        query=query_known,
-        row=row[known],
-        kind=column("type", torch.int64),
-        age_days=(age_ms.clamp(min=0).double() / MS_PER_DAY).float(),
-        value=column("value", torch.float32),
-        quantity=column("quantity", torch.float32),
-        from_end=from_end,
-        anchor_query=anchor[:, 0][anchor_known],
-        anchor_row=anchor_row[anchor_known],
-        excluded_query=_tensor(excluded_query, device)[excluded_known],
-        excluded_row=excluded_row[excluded_known],
-        excluded_kind=_tensor(excluded["kind"], device).long()[excluded_known],
+        query=tensor(query),
+        row=tensor(row[known]),
+        kind=tensor(events["type"][known]),
+        age_days=tensor(age_days, np.float32),
+        quantity=tensor(events["quantity"][known], np.float32),
+        from_end=tensor(from_end),
+        anchor_query=tensor(anchor_query),
+        anchor_row=tensor(anchor_row),
+        excluded_query=tensor(excluded_query[excluding]),
+        excluded_row=tensor(excluded_row[excluding]),
+        excluded_kind=tensor(excluded_kind[excluding]),
         states=states,
     )
+
+
+def _named(named: Sequence[tuple[str, ...]], catalog: Catalog) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Query and row of the items that the queries name, as far as the bundle knows them."""
+    query = np.repeat(np.arange(len(named)), [len(items) for items in named])
+    row = catalog.rows(np.array([item_key(item) for items in named for item in items], np.int64))
+    return query[row != NO_ROW], row[row != NO_ROW]
 
 
 def _joined(parts: Sequence[Events], dtype: np.dtype[np.void]) -> Events:
     # Their bytes: numpy would compare the record types of each part anew, for longer than all else here takes.
     return np.frombuffer(b"".join([part.tobytes() for part in parts]), dtype)
-
-
-def _tensor(column: np.ndarray[tuple[int], np.dtype[np.generic]], device: torch.device) -> Tensor:
-    # Copied: the bytes came from Redis read-only, and fields of records have strides that torch refuses.
-    return torch.from_numpy(column.copy()).to(device)
 
 
 class PairSet:
@@ -158,9 +159,9 @@ class PairSet:
     def find(self, query: Tensor, row: Tensor, of_query: Tensor, of_row: Tensor) -> Tensor:
         """Index of each pair [E] among the distinct pairs `of` [M], -1 where it is not one of them."""
         members = of_query * self.rows + of_row
-        if not len(members):
+        if not len(members) or not len(query):
             return torch.full_like(query, -1)
         self._cells.index_copy_(0, members, torch.arange(len(members), dtype=torch.int32, device=members.device))
         key = query * self.rows + row
         index = self._cells.index_select(0, key).long().clamp_(max=len(members) - 1)
-        return torch.where(members[index] == key, index, -1)
+        return torch.where(members.index_select(0, index) == key, index, -1)

@@ -5,6 +5,7 @@ features are the same to the last bit in whatever batch it sits.
 """
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -28,11 +29,16 @@ HALF_LIFE_DAYS = 30.0
 NEVER_DAYS = 1000.0
 """Stands for 'never' where a feature is a number of days."""
 
-_OWN = (
-    ("views", (EventType.SELECT_ITEM, EventType.VIEW_ITEM)),
-    ("carts", (EventType.ADD_TO_CART, EventType.ADD_TO_WISHLIST, EventType.BEGIN_CHECKOUT)),
-    ("purchases", (EventType.PURCHASE,)),
-)
+_OWN = ("views", "carts", "purchases")
+_OWN_OF = {
+    EventType.SELECT_ITEM: 0,
+    EventType.VIEW_ITEM: 0,
+    EventType.ADD_TO_CART: 1,
+    EventType.ADD_TO_WISHLIST: 1,
+    EventType.BEGIN_CHECKOUT: 1,
+    EventType.PURCHASE: 2,
+}
+_OTHER = 3
 _USER = ("user.events", "user.purchases", "user.items", "user.recency", "user.price")
 _CROSS = ("affinity.category", "affinity.department", "affinity.brand", "price.gap", "price.below")
 
@@ -46,7 +52,7 @@ def feature_names(sources: Sequence[str], statistics: Sequence[str]) -> tuple[st
         "item.age",
         "item.price",
         *_USER,
-        *(f"own.{name}{part}" for name, _ in _OWN for part in ("", ".recency")),
+        *(f"own.{name}{part}" for name in _OWN for part in ("", ".recency")),
         "own.quantity",
         *_CROSS,
     )
@@ -79,78 +85,65 @@ def _sources(candidates: Candidates) -> Tensor:
 def _item(batch: Batch, catalog: Catalog, row: Tensor) -> Tensor:
     age_ms = (batch.now_ms - catalog.created_ms.index_select(0, row)).clamp(min=0)
     age = torch.log1p((age_ms.double() / MS_PER_DAY).float())
-    return torch.stack([age, _log_price(catalog, row)])
+    return torch.stack([age, catalog.log_price.index_select(0, row)])
+
+
+@cache
+def _by_kind(device: torch.device) -> tuple[Tensor, Tensor]:
+    """By event type: its interest float32 [256], and which of `_OWN` it is int64 [256]."""
+    interest, own = torch.zeros(256), torch.full((256,), _OTHER)
+    for kind, value in INTEREST.items():
+        interest[kind] = value
+    for kind, group in _OWN_OF.items():
+        own[kind] = group
+    return interest.to(device), own.to(device)
 
 
 def _user(batch: Batch, catalog: Catalog) -> tuple[Tensor, Tensor]:
     """float32 [U, B] and the weight of each event [E]."""
-    by_kind = torch.zeros(256, device=batch.device)
-    for kind, interest in INTEREST.items():
-        by_kind[kind] = interest
-    weight = by_kind[batch.kind] * torch.exp2(-batch.age_days / HALF_LIFE_DAYS)
-    zero = torch.zeros(batch.size, device=batch.device)
-    one = torch.ones(len(batch.query), device=batch.device)
-    bought = (batch.kind == EventType.PURCHASE).float()
-    price = _log_price(catalog, batch.row)
+    device, size = batch.device, batch.size
+    interest = _by_kind(device)[0].index_select(0, batch.kind)
+    weight = interest * torch.exp2(-batch.age_days / HALF_LIFE_DAYS)
+    price = catalog.log_price.index_select(0, batch.row)
     priced = weight * (price > 0)
-    mean_price = zero.index_add(0, batch.query, priced * price) / zero.index_add(0, batch.query, priced).clamp(min=1e-9)
-    recency = torch.full_like(zero, NEVER_DAYS).scatter_reduce(0, batch.query, batch.age_days, "amin")
-    columns = (
-        torch.log1p(zero.index_add(0, batch.query, one)),
-        torch.log1p(zero.index_add(0, batch.query, bought)),
-        torch.log1p(zero.index_add(0, batch.query, weight)),
-        torch.log1p(recency),
-        mean_price,
-    )
-    return torch.stack(columns), weight
+    bought = (batch.kind == EventType.PURCHASE).float()
+    parts = torch.stack([torch.ones_like(weight), bought, weight, priced * price, priced])
+    cells = batch.query + torch.arange(len(parts), device=device)[:, None] * size
+    sums = torch.zeros(len(parts) * size, device=device).index_add_(0, cells.flatten(), parts.flatten())
+    sums = sums.view(len(parts), size)
+    recency = torch.full((1, size), NEVER_DAYS, device=device)
+    recency.scatter_reduce_(1, batch.query[None], batch.age_days[None], "amin")
+    mean_price = sums[3:4] / sums[4:].clamp(min=1e-9)
+    return torch.cat([torch.log1p(torch.cat([sums[:3], recency])), mean_price]), weight
 
 
 def _own(batch: Batch, candidates: Candidates, pairs: PairSet) -> Tensor:
     """What the user did with this very item: how often, and how long ago the last time was."""
-    size = len(candidates.query)
+    device, size, groups = batch.device, len(candidates.query), _OTHER + 1
     found = pairs.find(batch.query, batch.row, candidates.query, candidates.row)
     hit = (found >= 0).nonzero().squeeze(1)
-    index, kind, age = found[hit], batch.kind[hit], batch.age_days[hit]
-    columns = []
-    for _, kinds in _OWN:
-        of_kind = kind == kinds[0]
-        for other in kinds[1:]:
-            of_kind |= kind == other
-        counts = torch.zeros(size, device=batch.device).index_add_(0, index, of_kind.float())
-        days = torch.where(of_kind, age, NEVER_DAYS)
-        recency = torch.full((size,), NEVER_DAYS, device=batch.device).scatter_reduce_(0, index, days, "amin")
-        columns += [torch.log1p(counts), torch.log1p(recency)]
-    quantity = torch.where(kind == EventType.PURCHASE, batch.quantity[hit], 0.0)
-    columns.append(torch.log1p(torch.zeros(size, device=batch.device).index_add_(0, index, quantity)))
-    return torch.stack(columns)
+    group = _by_kind(device)[1].index_select(0, batch.kind.index_select(0, hit))
+    cell = group * size + found.index_select(0, hit)
+    counts = torch.zeros(groups * size, device=device).index_add_(0, cell, torch.ones(len(cell), device=device))
+    recency = torch.full((groups * size,), NEVER_DAYS, device=device)
+    recency.scatter_reduce_(0, cell, batch.age_days.index_select(0, hit), "amin")
+    quantity = torch.zeros(groups * size, device=device).index_add_(0, cell, batch.quantity.index_select(0, hit))
+    shape = (groups, size)
+    by_group = torch.stack([counts.view(shape)[:_OTHER], recency.view(shape)[:_OTHER]], 1).view(-1, size)
+    return torch.log1p(torch.cat([by_group, quantity.view(shape)[_OTHER - 1 : _OTHER]]))
 
 
 def _cross(batch: Batch, candidates: Candidates, catalog: Catalog, weight: Tensor, user: Tensor) -> Tensor:
-    query, row = candidates.query, candidates.row
+    query, row, width = candidates.query, candidates.row, catalog.group_count
+    # The share of the user's weighted events that went to the candidate's category, department and brand.
     total = torch.zeros(batch.size, device=batch.device).index_add_(0, batch.query, weight).clamp_(min=1e-9)
-    total = total.index_select(0, query)
+    cells = torch.zeros(batch.size * width, device=batch.device)
+    of_event = catalog.groups.index_select(1, batch.row) + batch.query * width
+    cells.index_add_(0, of_event.flatten(), weight.expand(len(of_event), -1).flatten())
+    cells.view(batch.size, width).index_fill_(1, catalog.no_group, 0.0)
+    of_candidate = catalog.groups.index_select(1, row) + query * width
+    share = cells.index_select(0, of_candidate.flatten()).view_as(of_candidate) / total.index_select(0, query)
 
-    def affinity(codes: Tensor, count: int) -> Tensor:
-        """The share of the user's weighted events that went to the candidate's category or brand."""
-        of_event, of_candidate = codes.index_select(0, batch.row).long(), codes.index_select(0, row).long()
-        cells = torch.zeros(batch.size * (count + 1), device=batch.device)
-        cells.index_add_(0, batch.query * (count + 1) + of_event + 1, weight)
-        share = cells.index_select(0, query * (count + 1) + of_candidate + 1) / total
-        return torch.where(of_candidate >= 0, share, 0.0)
-
-    price, mean = _log_price(catalog, row), user[_USER.index("user.price")].index_select(0, query)
+    price, mean = catalog.log_price.index_select(0, row), user[_USER.index("user.price")].index_select(0, query)
     gap = torch.where((price > 0) & (mean > 0), price - mean, 0.0)
-    return torch.stack(
-        [
-            affinity(catalog.leaf, catalog.categories),
-            affinity(catalog.category[:, 0], catalog.categories),
-            affinity(catalog.brand, catalog.brands),
-            gap.abs(),
-            gap.clamp(max=0),
-        ]
-    )
-
-
-def _log_price(catalog: Catalog, row: Tensor) -> Tensor:
-    """log(1 + price), 0 where unknown."""
-    return torch.log1p(catalog.price.index_select(0, row).nan_to_num(0.0).clamp(min=0))
+    return torch.cat([share, gap.abs()[None], gap.clamp(max=0)[None]])

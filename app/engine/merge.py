@@ -51,23 +51,25 @@ def merge(batch: Batch, recalled: Sequence[Recalled], ks: Sequence[int], pairs: 
     query, row, score, rank = (torch.cat(columns) for columns in zip(*recalled, strict=True))
     counts = torch.tensor([len(part.query) for part in recalled], device=device)
     source = torch.arange(sources, device=device).repeat_interleave(counts)
-    proposed = rank < torch.tensor(ks, device=device)[source]
+    proposed = rank < torch.tensor(ks, device=device).index_select(0, source)
 
     named = proposed.nonzero().squeeze(1)
-    first = named[pairs.distinct(query[named], row[named])]
-    of_query, order = sort_with_position(query[first], batch.size)
-    of_row = row[first[order]]
+    first = pairs.distinct(query.index_select(0, named), row.index_select(0, named))
+    first = named.index_select(0, first)
+    of_query, order = sort_with_position(query.index_select(0, first), batch.size)
+    of_row = row.index_select(0, first.index_select(0, order))
 
     index = pairs.find(query, row, of_query, of_row)
     hit = (index >= 0).nonzero().squeeze(1)
     size = len(of_query)
-    cell = source[hit] * size + index[hit]
-    scores = torch.zeros(sources * size, device=device).index_copy_(0, cell, score[hit])
+    cell = source.index_select(0, hit) * size + index.index_select(0, hit)
+    scores = torch.zeros(sources * size, device=device).index_copy_(0, cell, score.index_select(0, hit))
     ranks = torch.full((sources * size,), ABSENT, device=device)
-    ranks.index_copy_(0, cell, torch.where(proposed, rank.float(), ABSENT)[hit])
+    ranks.index_copy_(0, cell, torch.where(proposed, rank.float(), ABSENT).index_select(0, hit))
     top = (rank == 0).nonzero().squeeze(1)
     best = torch.zeros(sources * batch.size, device=device)
-    best.index_copy_(0, source[top] * batch.size + query[top], score[top])
+    of_top = source.index_select(0, top) * batch.size + query.index_select(0, top)
+    best.index_copy_(0, of_top, score.index_select(0, top))
     return Candidates(
         of_query, of_row, scores.view(sources, size), ranks.view(sources, size), best.view(sources, batch.size)
     )

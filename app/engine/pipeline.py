@@ -167,8 +167,6 @@ class Pipeline:
             mask = self.catalog.eligible(query.where).clone()
             mask[candidates.row[candidates.query == index]] = False
             mask[forbidden_row[forbidden_query == index]] = False
-            mask[batch.anchor_row[batch.anchor_query == index]] = False
-            mask[self.catalog.rows_of(query.where.exclude)] = False
             row = mask.nonzero().squeeze(1)
             best = self._exact(batch, index, row).topk(min(len(row), max(BACKFILL, query.limit))).indices
             rows.append(row[best])

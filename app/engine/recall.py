@@ -1,10 +1,13 @@
 """Recall: the three kinds of artifact, each proposing candidates for a whole batch."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from importlib import import_module
+from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 import faiss
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -79,21 +82,20 @@ class VectorSource:
         # What is on the page is what the user looks at now.
         query = torch.cat([batch.query, batch.anchor_query])
         on_page = torch.bincount(batch.anchor_query, minlength=batch.size)
-        before = batch.from_end + on_page[batch.query]
-        if context:
-            before = torch.where(on_page[batch.query] > 0, length, before)
+        also = on_page.index_select(0, batch.query)
+        before = torch.where(also > 0, length, batch.from_end) if context else batch.from_end + also
         last = torch.cat([before, _from_end(batch.anchor_query, on_page)])
         row = torch.cat([batch.row, batch.anchor_row])
         kind = torch.cat([batch.kind, torch.full_like(batch.anchor_row, EventType.VIEW_ITEM)])
         age_s = torch.cat([batch.age_days * 86_400, torch.zeros(len(batch.anchor_row), device=device)])
-        recent = last < length
-        cell = query[recent] * length + (length - 1 - last[recent])
-        history = torch.zeros(batch.size * length, self.vectors.shape[1], device=device)
-        history.index_copy_(0, cell, self.vectors.index_select(0, row[recent]).float())
-        kinds = torch.zeros(batch.size * length, dtype=torch.int64, device=device)
-        kinds.index_copy_(0, cell, kind[recent])
-        ages = torch.zeros(batch.size * length, device=device)
-        ages.index_copy_(0, cell, age_s[recent])
+        recent = (last < length).nonzero().squeeze(1)
+        cell = query.index_select(0, recent) * length + (length - 1 - last.index_select(0, recent))
+        cells = batch.size * length
+        history = torch.zeros(cells, self.vectors.shape[1], device=device)
+        history.index_copy_(0, cell, self.vectors.index_select(0, row.index_select(0, recent)).float())
+        kinds = torch.zeros(cells, dtype=torch.int64, device=device)
+        kinds.index_copy_(0, cell, kind.index_select(0, recent))
+        ages = torch.zeros(cells, device=device).index_copy_(0, cell, age_s.index_select(0, recent))
         shape = (batch.size, length)
         return history.view(*shape, -1), kinds.view(shape), ages.view(shape), batch.profile(self.spec.profile)
 
@@ -123,40 +125,42 @@ def recall_neighbours(sources: Sequence[NeighbourSource], batch: Batch, context:
     # A pair is numbered slot * (items + 1) + 1 + item, so that a table's -1 falls on an item 0 of its own and is
     # dropped when the pairs are few: these arrays are the largest of a batch, every pass over them counts.
     stride = batch.items + 1
-    pairs, scores = [], []
-    for source, start, end in zip(sources, bounds, bounds[1:], strict=False):
+    pairs, scores = [slot[:0]], [weight[:0]]
+    for source, (start, end) in zip(sources, pairwise(bounds), strict=True):
+        if start == end:
+            continue
         mine = row[start:end]
         pairs.append(source.rows.index_select(0, mine).long().add_((slot[start:end] * stride + 1)[:, None]).flatten())
         scores.append((source.weights.index_select(0, mine) * weight[start:end, None]).flatten())
     pair, order = sort_with_position(torch.cat(pairs), len(sources) * batch.size * stride)
     pair, total = _summed(pair, torch.cat(scores).index_select(0, order))
     real = (pair % stride).nonzero().squeeze(1)
-    pair, total = pair[real], total[real]
-    slot, row = pair // stride, pair % stride - 1
+    pair, total = pair.index_select(0, real), total.index_select(0, real)
+    slot = pair // stride
+    row = pair - slot * stride - 1
     order, rank = _ranked(slot, total, len(sources) * batch.size)
     near = (rank < DEPTH).nonzero().squeeze(1)
-    slot, rank, order = slot[near], rank[near], order[near]
-    row, total = row[order], total[order]
+    slot, rank, order = slot.index_select(0, near), rank.index_select(0, near), order.index_select(0, near)
+    row, total = row.index_select(0, order), total.index_select(0, order)
     bounds = torch.searchsorted(slot, torch.arange(len(sources) + 1, device=batch.device) * batch.size).tolist()
     return [
         Recalled(slot[start:end] - number * batch.size, row[start:end], total[start:end], rank[start:end])
-        for number, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False))
+        for number, (start, end) in enumerate(pairwise(bounds))
     ]
 
 
 def anchors(sources: Sequence[NeighbourSource], batch: Batch, context: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The distinct items whose neighbours count: their slot (source * B + query), ascending, catalog row and weight."""
     device, size = batch.device, batch.size
-    by_kind = torch.stack([source.by_kind for source in sources])
-    half_life = torch.tensor([[source.half_life_days] for source in sources], device=device)
-    limit = torch.tensor([[source.limit] for source in sources], device=device)
-    weights = by_kind[:, batch.kind] * torch.exp2(-batch.age_days / half_life)
+    by_kind, half_life, limit = _rules(tuple(sources), device)
+    weights = by_kind.index_select(1, batch.kind) * torch.exp2(-batch.age_days / half_life)
     counted = (weights > 0) & (batch.from_end < limit)
     on_page = context and len(batch.anchor_row) > 0
     if on_page:
         counted &= torch.bincount(batch.anchor_query, minlength=size)[batch.query] == 0
     source, event = counted.nonzero(as_tuple=True)
-    slot, row, weight = source * size + batch.query[event], batch.row[event], weights[source, event]
+    slot, row = source * size + batch.query.index_select(0, event), batch.row.index_select(0, event)
+    weight = weights.flatten().index_select(0, source * len(batch.row) + event)
     if on_page:
         page = torch.arange(len(sources), device=device)[:, None] * size + batch.anchor_query
         slot = torch.cat([slot, page.flatten()])
@@ -168,11 +172,19 @@ def anchors(sources: Sequence[NeighbourSource], batch: Batch, context: bool) -> 
     return pair // batch.items, pair % batch.items, weight
 
 
+@lru_cache(maxsize=64)
+def _rules(sources: tuple[NeighbourSource, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Weight by event type [S, 256], half-life in days [S, 1] and limit [S, 1] of the sources."""
+    by_kind = torch.stack([source.by_kind for source in sources])
+    half_life = torch.tensor([[source.half_life_days] for source in sources], device=device)
+    return by_kind, half_life, torch.tensor([[source.limit] for source in sources], device=device)
+
+
 def _summed(pair: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
     """The distinct values of the ascending `pair`, and the sum of the scores of each."""
     new = torch.ones(len(pair), dtype=torch.bool, device=pair.device)
     torch.ne(pair[1:], pair[:-1], out=new[1:])
-    distinct = pair[new]
+    distinct = pair.index_select(0, new.nonzero().squeeze(1))
     return distinct, torch.zeros(len(distinct), device=pair.device).index_add_(0, new.cumsum(0).sub_(1), score)
 
 
@@ -188,9 +200,14 @@ class ListSource:
         if len(self.rows) and not -1 <= int(self.rows.min()) <= int(self.rows.max()) < bundle.manifest.items:
             raise BundleError(f"{spec.rows} names rows beyond the {bundle.manifest.items} items")
 
+        # Nothing of it depends on who asks.
+        self._of = lru_cache(maxsize=128)(self._for)
+
     def recall(self, batch: Batch, k: int, context: bool) -> Recalled:
-        shape = (batch.size, min(k, len(self.rows)))
-        return _flat(self.rows[: shape[1]].expand(shape), self.scores[: shape[1]].expand(shape))
+        return self._of(batch.size, min(k, len(self.rows)))
+
+    def _for(self, size: int, k: int) -> Recalled:
+        return _flat(self.rows[:k].expand(size, k), self.scores[:k].expand(size, k))
 
 
 def open_source(spec: SourceSpec, bundle: Bundle, device: torch.device) -> Source:
@@ -212,11 +229,12 @@ def best_first(query: Tensor, row: Tensor, score: Tensor, size: int, k: int) -> 
     order, rank = _ranked(query, score, size)
     width = min(k, int(rank.max()) + 1) if len(rank) else 0
     kept = (rank < width).nonzero().squeeze(1)
-    cell, order = query[kept] * width + rank[kept], order[kept]
+    cell = query.index_select(0, kept) * width + rank.index_select(0, kept)
+    order = order.index_select(0, kept)
     rows = torch.full((size * width,), -1, dtype=torch.int64, device=query.device)
     scores = torch.full((size * width,), -torch.inf, device=query.device)
-    rows.index_copy_(0, cell, row[order])
-    scores.index_copy_(0, cell, score[order])
+    rows.index_copy_(0, cell, row.index_select(0, order))
+    scores.index_copy_(0, cell, score.index_select(0, order))
     return rows.view(size, width), scores.view(size, width)
 
 
@@ -227,14 +245,17 @@ def _ranked(query: Tensor, score: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """
     _, order = sort_with_position(query << 32 | _descending(score), size << 32)
     counts = torch.bincount(query, minlength=size)
-    return order, torch.arange(len(query), device=query.device) - (counts.cumsum(0) - counts)[query]
+    return order, torch.arange(len(query), device=query.device) - (counts.cumsum(0) - counts).index_select(0, query)
 
 
 def _flat(rows: Tensor, scores: Tensor) -> Recalled:
     """From rows [B, K], -1 where there is none, and scores [B, K]."""
-    queries, width = rows.shape
+    width = rows.shape[1]
     cell = (rows >= 0).flatten().nonzero().squeeze(1)
-    return Recalled(cell // width, rows.flatten()[cell], scores.flatten()[cell], cell % width)
+    query = cell // width
+    return Recalled(
+        query, rows.flatten().index_select(0, cell), scores.flatten().index_select(0, cell), cell - query * width
+    )
 
 
 def _descending(score: Tensor) -> Tensor:
@@ -251,14 +272,15 @@ def sort_with_position(keys: Tensor, limit: int) -> tuple[Tensor, Tensor]:
         return ascending.values, ascending.indices
     # numpy sorts plain integers with SIMD, ten times as fast as torch sorts pairs on a CPU: the position
     # rides in the low bits.
-    packed = (keys << bits).bitwise_or_(torch.arange(len(keys)))
-    packed.numpy().sort()
-    return packed >> bits, packed.bitwise_and_((1 << bits) - 1)
+    packed = keys.numpy() << bits
+    packed |= np.arange(len(packed))
+    packed.sort()
+    return torch.from_numpy(packed >> bits), torch.from_numpy(packed & ((1 << bits) - 1))
 
 
 def _from_end(query: Tensor, counts: Tensor) -> Tensor:
     """0 for the last entry of each query, 1 for the one before, ... ; `query` ascends."""
-    return counts.cumsum(0)[query] - 1 - torch.arange(len(query), device=query.device)
+    return counts.cumsum(0).index_select(0, query) - 1 - torch.arange(len(query), device=query.device)
 
 
 def _open_index(path: str, device: torch.device) -> faiss.Index:

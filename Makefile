@@ -36,14 +36,18 @@ clean:
 	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find app models tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --no-compile
+# Python compiles what it imports when it does, and keeps it: compiling everything here would double the install.
+unexport PYTHONDONTWRITEBYTECODE
+
 # The CPU build of torch goes first and alone: an index that cannot be reached is then asked for one package, not
 # for each of a hundred, and PyPI's build is taken.
 .venv/installed: requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo 'Millirec needs Python 3.11 or newer: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)' >&2; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --retries 1 --timeout 15 \
+	$(PIP) --quiet --no-deps --retries 1 --timeout 15 \
 		--extra-index-url $(TORCH_INDEX) "$$(grep '^torch==' requirements.txt)"
-	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on --requirement requirements.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	$(PIP) --requirement requirements.txt
+	$(PIP) --quiet --no-deps --no-build-isolation --editable .
 	touch $@

@@ -1,8 +1,8 @@
 """Scenes: what a list on a page is made of, as validated configuration inside the bundle."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Fusion = Literal["learned", "reciprocal_rank", "voting", "weighted", "cascade"]
 
@@ -36,3 +36,11 @@ class Scene(BaseModel):
     """Score taken from an item for each better item of its category, in units of the slate's score spread."""
     explore: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of slates whose last place goes to an item of the lower ranks, so that it can earn a click."""
+
+    @model_validator(mode="after")
+    def _somebody_has_a_say(self) -> Self:
+        if not any(source.weight for source in self.sources):
+            raise ValueError("every source has weight 0")
+        if len({source.name for source in self.sources}) < len(self.sources):
+            raise ValueError("a source is named twice")
+        return self

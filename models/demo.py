@@ -93,6 +93,8 @@ def _until_now(tables: Tables) -> Tables:
 
 def _serve(home: Path, port: int, marker: dict[str, str], tables: Tables | None = None) -> None:
     """Runs the service until it is interrupted; with `tables`, tells it of their shoppers first."""
+    # Without this, SIGTERM would end this process and leave the service running.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     environment = os.environ | {"MILLIREC_HOME": str(home), "MILLIREC_BUNDLES": str(home / "bundles")}
     server = subprocess.Popen([sys.executable, "-m", "app", "serve", "--port", str(port)], env=environment)
     url = f"http://127.0.0.1:{port}"
@@ -103,9 +105,11 @@ def _serve(home: Path, port: int, marker: dict[str, str], tables: Tables | None 
                 _introduce(client, tables)
                 (home / MARKER).write_text(json.dumps(marker))
         _invite(url, marker["user"], marker["item"])
-        server.wait()
+        # Polars has signals restart the system call they interrupt: Ctrl-C would not end `server.wait()`.
+        while server.poll() is None:
+            time.sleep(0.1)
     except KeyboardInterrupt:
-        server.send_signal(signal.SIGINT)
+        pass
     finally:
         if server.poll() is None:
             server.terminate()

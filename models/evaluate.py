@@ -84,7 +84,7 @@ def judge(bundle: Bundle, tables: Tables, cut_ms: int, days: float, progress: Pr
     """
     log = Log.from_tables(tables)
     pipeline = Pipeline(bundle, torch.device("cpu"), BATCH)
-    items = listed(tables.items, log.before(cut_ms), cut_ms)
+    items = listed(tables.items, log, cut_ms)
     past = log.before(cut_ms)
     known = np.unique(past.user)
     bought = past.events["type"] == EventType.PURCHASE

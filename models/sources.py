@@ -27,6 +27,8 @@ from models.recall.index import build_index
 WINDOW = 256
 """Events of a user that models and features see."""
 LIST_LENGTH = 300
+TOWERS_FROM = 1_000
+"""Events; a network learns nothing from fewer that the other sources do not know."""
 NEIGHBOURS = 32
 """Neighbours an item; the time of a request goes with them, and 50 rank no better."""
 
@@ -77,8 +79,6 @@ def fit(folder: Path, tables: Tables, log: Log, cut_ms: int, seed: int, progress
     items = listed(tables.items, log, cut_ms)
     if not len(items.key):
         raise DataError("no item was listed before the first cut: the history is too short to learn from")
-    if not STRENGTH[past.events["type"]].any():
-        raise DataError("no event before the first cut says what anybody wants: there is nothing to learn from")
     tensors, categories, brands = columns(items, past, cut_ms)
     draft = Draft(folder, len(items.key), WINDOW, STATISTICS, tuple(categories), tuple(brands), [], [], {})
     draft.save("catalog.safetensors", tensors)
@@ -90,6 +90,8 @@ def fit(folder: Path, tables: Tables, log: Log, cut_ms: int, seed: int, progress
         past.events["ts"][kept],
         past.events["type"][kept],
     )
+    if not STRENGTH[interactions[3]].any():
+        raise DataError("no event before the first cut says what anybody wants: there is nothing to learn from")
     seconds: dict[str, float] = {}
     losses: dict[str, list[tuple[float, float]]] = {}
 
@@ -117,17 +119,18 @@ def fit(folder: Path, tables: Tables, log: Log, cut_ms: int, seed: int, progress
     done()
 
     done = timed("two_tower")
-    towers = two_tower.fit(
-        *interactions,
-        features=content.features(items.frame),
-        profiles=past.profiles,
-        seed=seed,
-        on_epoch=lambda epoch, train, valid: progress(
-            f"two_tower, epoch {epoch}: loss {train:.3f}, validation {valid:.3f}"
-        ),
-    )
-    losses["two_tower"] = [(float(a), float(b)) for a, b in towers.losses]
-    _vectors(draft, "two_tower", towers, seed)
+    if len(interactions[0]) >= TOWERS_FROM:
+        towers = two_tower.fit(
+            *interactions,
+            features=content.features(items.frame),
+            profiles=past.profiles,
+            seed=seed,
+            on_epoch=lambda epoch, train, valid: progress(
+                f"two_tower, epoch {epoch}: loss {train:.3f}, validation {valid:.3f}"
+            ),
+        )
+        losses["two_tower"] = [(float(a), float(b)) for a, b in towers.losses]
+        _vectors(draft, "two_tower", towers, seed)
     done()
 
     done = timed("content")

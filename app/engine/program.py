@@ -25,6 +25,8 @@ _PLAIN = re.compile(
     r"|data/constants/(tensor_\d+|model_constants_config\.json)"
     r"|archive_format|archive_version|byteorder|\.data/(version|serialization_id)"
 )
+_SIZE = re.compile(r"(Symbol\('\w+'(, (positive|integer)=True)*\)|Integer\(-?\d+\)|Add|Mul|[(), ])+")
+_OPERATOR = re.compile(r"torch\.ops\.aten\.\w+\.\w+")
 
 
 def save_program(exported: torch.export.ExportedProgram, path: Path) -> str:
@@ -41,7 +43,8 @@ def load_program(path: Path, device: torch.device) -> Program:
     """Raises `BundleError` for anything that is not a program written by `save_program`.
 
     torch.export.load would unpickle sample inputs, tensors and objects that an archive marks so, read older
-    formats that are pickled whole, and load compiled code; an archive with any part of these is refused unread.
+    formats that are pickled whole, load compiled code, and evaluate what stands where a size should; an archive with
+    any part of these, or with other operators than tensor ones, is refused unread.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -53,6 +56,8 @@ def load_program(path: Path, device: torch.device) -> Program:
                     raise BundleError(f"{path.name} carries {entry.filename}, which is not read")
                 if name.endswith("_config.json") and not _plain(json.loads(archive.read(entry))):
                     raise BundleError(f"{path.name} carries pickled tensors")
+                if name == "models/model.json":
+                    _check_graph(json.loads(archive.read(entry)), path.name)
         exported = torch.export.load(path)
         if device.type != "cpu":
             exported = move_to_device_pass(exported, device)
@@ -78,6 +83,25 @@ def load_program(path: Path, device: torch.device) -> Program:
         return outputs[0]
 
     return run
+
+
+def _check_graph(part: Any, file: str) -> None:
+    if isinstance(part, dict):
+        size, target = part.get("expr_str"), part.get("target")
+        if size is not None and not _SIZE.fullmatch(size):
+            raise BundleError(f"{file} carries code in the place of a size")
+        # What begins so, torch looks up as a function; any other target names a parameter.
+        if (
+            isinstance(target, str)
+            and target.startswith(("torch", "_operator", "math", "#"))
+            and not _OPERATOR.fullmatch(target)
+        ):
+            raise BundleError(f"{file} carries the operator {target}, which is not run")
+        part = part.values()
+    elif not isinstance(part, list):
+        return
+    for inner in part:
+        _check_graph(inner, file)
 
 
 def _plain(config: Any) -> bool:

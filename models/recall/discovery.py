@@ -33,16 +33,16 @@ def fit(
     A first time counts if its user had been there on an earlier day: a newcomer's first basket is all
     first times and says nothing of what they will want next.
     """
-    user, row, age_days, returning = first_times(user, row, ts_ms, kind, n_items, now_ms)
-    if not len(user):
+    owner, item, age_days, returning = first_times(user, row, ts_ms, kind, n_items, now_ms)
+    if not len(owner):
         return Neighbours(np.full((n_items, k), -1, np.int32), np.zeros((n_items, k), np.float32))
-    shape = (int(user.max()) + 1, n_items)
+    shape = (int(owner.max()) + 1, n_items)
     recent = returning & (age_days <= RECENT_DAYS)
     fresh = sp.csr_matrix(
-        ((0.5 ** (age_days[recent] / HALF_LIFE_DAYS)).astype(np.float32), (user[recent], row[recent])), shape=shape
+        ((0.5 ** (age_days[recent] / HALF_LIFE_DAYS)).astype(np.float32), (owner[recent], item[recent])), shape=shape
     )
-    owned = sp.csr_matrix((np.ones(len(user), np.float32), (user, row)), shape=shape).T.tocsr()
-    owners = np.bincount(row, minlength=n_items)
+    owned = sp.csr_matrix((np.ones(len(owner), np.float32), (owner, item)), shape=shape).T.tocsr()
+    owners = np.bincount(item, minlength=n_items)
     found = np.asarray(fresh.sum(0)).ravel()
     scale = np.maximum(found, 1e-9) ** DAMPING
     return best_pairs(owned, fresh, lambda i, j, sums: (sums / ((owners[i] + SHRINK) * scale[j])).astype(np.float32), k)

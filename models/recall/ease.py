@@ -41,8 +41,8 @@ def fit(
     if n_items > LARGEST:
         return None
     by_kind = np.zeros(256)
-    for event, weight in WEIGHTS.items():
-        by_kind[event] = weight
+    for event, strength in WEIGHTS.items():
+        by_kind[event] = strength
     weight = by_kind[kind] * 0.5 ** ((now_ms - ts_ms) / MS_PER_DAY / half_life_days)
     users = int(user.max()) + 1 if len(user) else 1
     matrix = sp.csr_matrix((weight, (user, row)), shape=(users, n_items)).astype(np.float32)

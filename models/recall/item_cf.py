@@ -37,24 +37,25 @@ def fit(
     shrink * mean g[i, i]). Damping 1 is the share of i's users, which favours popular j; 0.5 is the
     cosine. The defaults were chosen on Online Retail, cut a month before its test window.
     """
-    matrix = _weights(user, row, ts_ms, kind, n_items, half_life_days)
+    matrix = user_items(user, row, ts_ms, kind, n_items, half_life_days)
     by_item = matrix.T.tocsr()
     strength = np.asarray(by_item.multiply(by_item).sum(1)).ravel()
     floor = shrink * strength[strength > 0].mean() if strength.any() else 0.0
-    of_anchor, of_neighbour = strength**damping, strength ** (1.0 - damping)
+    of_anchor: npt.NDArray[np.float32] = (strength**damping).astype(np.float32)
+    of_neighbour: npt.NDArray[np.float32] = (strength ** (1.0 - damping)).astype(np.float32)
 
-    near = best_pairs(
-        by_item,
-        matrix,
-        lambda i, j, pairs: pairs / (of_anchor[i] * of_neighbour[j] + floor).astype(np.float32),
-        k,
-    )
+    def likeness(
+        anchor: npt.NDArray[np.int64], other: npt.NDArray[np.int32], pairs: npt.NDArray[np.float32]
+    ) -> npt.NDArray[np.float32]:
+        return pairs / (of_anchor[anchor] * of_neighbour[other] + np.float32(floor))
+
+    near = best_pairs(by_item, matrix, likeness, k)
     total = near.weights.sum(1, keepdims=True)
     np.divide(near.weights, total, out=near.weights, where=total > 0)
     return near
 
 
-def _weights(
+def user_items(
     user: npt.NDArray[np.int32],
     row: npt.NDArray[np.int32],
     ts_ms: npt.NDArray[np.int64],

@@ -1,12 +1,19 @@
 """A two-tower network: a user's last events and profile on one side, an item's id and content on the other.
 
-Trained by sampled softmax over the batch's own targets and uniformly drawn items (Yi et al., RecSys 2019;
-mixed negatives: Yang et al., WWW 2020), each sampled logit less the log of how often it is sampled
-(Bengio & Senecal, 2008): without that correction popular items are pushed away for being popular.
+Trained by sampled softmax over the batch's own targets (Yi et al., RecSys 2019) and uniformly drawn items
+(mixed negatives; Yang et al., WWW 2020), every sampled logit less the logarithm of how often it is sampled
+(Bengio & Senécal, 2008): without that, popular items are pushed away for being popular.
+
+Two things beside that carry the quality. Ids start from the leading singular vectors of the user-item matrix,
+which say already who goes with whom (Cremonesi et al., RecSys 2010; Halko et al., 2011). And the network learns
+taste from a long past but popularity from the last days: the logits of training are shifted by
+log(popularity among targets / popularity now), so that the score alone carries the popularity of now
+(prior shift; Saerens et al., 2002).
 """
 
 import copy
 import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,268 +26,347 @@ from torch import Tensor, nn
 from app.engine.batch import MS_PER_DAY, PROFILE_BUCKETS, profile_codes
 from app.state.events import FOLDED
 from models.recall import STRENGTH
+from models.recall.item_cf import user_items
 
 WIDTH = 64
 HEADS = 4
 HIDDEN = 128
-BATCH = 256
-TARGETS = 16
-UNIFORM = 2048
-EPOCH = 20_000
-LR = 1e-3
+LEARNING_RATE = 2e-3
 TEMPERATURE = 0.2
-DROP = 0.25
-LEAST = 3
-HALF_LIFE_DAYS = 90.0
-HORIZON_DAYS = 30.0
-HELD_OUT = 0.05
-PATIENCE = 3
+"""Where the learned temperature starts."""
+BATCH = 256
+UNIFORM = 1024
+"""Uniformly drawn items in a batch."""
+TARGETS = 16
+"""Events after a moment that it has to foresee."""
+EPOCH = 20_000
+"""Moments in an epoch, or an eighth of all where that is more."""
 MOST_EPOCHS = 30
-SPECTRAL_ROUNDS = 4
+PATIENCE = 2
+HELD_OUT = 0.05
+"""Share of the users whose moments only validate."""
+VALIDATED = 2048
+"""Moments that validate, at most."""
+HALF_LIFE_DAYS = 90.0
+"""In which a moment becomes half as likely to be learned from."""
 NOW_DAYS = 7.0
-SMOOTH = 0.1
-SHIFT = 1.0
-SHIFTPOS = 1
-WEIGHT_POWER = 1.0
-
-
-class ItemTower(nn.Module):
-    def __init__(self, start: Tensor, features: Tensor, known: Tensor) -> None:
-        super().__init__()
-        self.id = nn.Embedding.from_pretrained(start, freeze=False, sparse=True)
-        self.content = nn.Sequential(nn.Linear(features.shape[1], HIDDEN), nn.GELU(), nn.Linear(HIDDEN, WIDTH))
-        self.features, self.known = features, known
-
-    def forward(self, rows: Tensor, drop: float = 0.0) -> Tensor:
-        known = self.known[rows]
-        if drop:
-            known = known * (torch.rand(len(rows)) >= drop)
-        return F.normalize(self.id(rows) * known[:, None] + self.content(self.features[rows]), dim=1)
+"""Half-life of an event in the popularity of now."""
+NOW_FLOOR = 0.1
+"""Share of the long past in the popularity of now, so that nothing is unthinkable."""
+FEWEST = 3
+"""Items with fewer events are known by their content alone."""
+ID_DROPOUT = 0.25
+"""Share of the ids hidden in a step, which trains the path that items without an id take."""
+NOWHERE = -1e4
+"""Attention logit of padding; finite, so that an empty history is no NaN."""
 
 
 class UserTower(nn.Module):
+    """What the engine runs: `forward(history, kinds, ages_s, profile) -> [B, 64]`.
+
+    Each head shares its attention among the events by vector, type and age; padding gets none. The
+    vectors that come out have the same length each, 1 / temperature. Few operations, since at one user
+    each costs more to start than to do.
+    """
+
     def __init__(self) -> None:
         super().__init__()
         self.kind = nn.Embedding(256, HEADS)
         nn.init.zeros_(self.kind.weight)
-        self.kind.weight.data[0] = -1e4
-        self.rate = nn.Parameter(torch.linspace(0.0, 1.0, HEADS))
-        self.query = nn.Linear(WIDTH, HEADS, bias=False)
-        self.profile = nn.EmbeddingBag(PROFILE_BUCKETS, WIDTH, mode="sum", padding_idx=0)
+        nn.init.constant_(self.kind.weight[0], NOWHERE)
+        # An age of a seconds counts as a ** rate: from heads that forget nothing to heads of this session.
+        self.rate = nn.Parameter(-torch.linspace(0.0, 1.0, HEADS))
+        self.query = nn.Parameter(torch.randn(1, WIDTH, HEADS) * 0.1)
+        self.profile = nn.Embedding(PROFILE_BUCKETS, WIDTH, padding_idx=0)
         nn.init.normal_(self.profile.weight, std=0.02)
-        self.profile.weight.data[0] = 0
-        self.hidden = nn.Linear((HEADS + 1) * WIDTH + 1, HIDDEN)
-        self.out = nn.Linear(HIDDEN, WIDTH)
-        self.mix = nn.Linear(HEADS * WIDTH, WIDTH, bias=False)
+        nn.init.zeros_(self.profile.weight[0])
+        self.hidden = nn.Linear((HEADS + 1) * WIDTH, HIDDEN)
+        self.out = nn.Parameter(torch.randn(HIDDEN, WIDTH) * HIDDEN**-0.5 * 0.5)
+        # From the start a user is the mean of their history; the rest learns what that misses.
+        self.mix = nn.Linear(HEADS * WIDTH, WIDTH)
+        nn.init.zeros_(self.mix.bias)
         self.mix.weight.data.copy_(torch.eye(WIDTH).repeat(1, HEADS) / HEADS)
-        self.scale = nn.Parameter(torch.tensor(-math.log(TEMPERATURE)))
+        self.scale = nn.Parameter(torch.tensor(1.0 / TEMPERATURE / math.sqrt(WIDTH)))
 
     def forward(self, history: Tensor, kinds: Tensor, ages_s: Tensor, profile: Tensor) -> Tensor:
-        age = torch.log1p(ages_s / 3600.0).unsqueeze(2)
-        share = (self.query(history) + self.kind(kinds) - age * self.rate).softmax(1)
+        age = torch.log1p(ages_s).unsqueeze(2)
+        logit = torch.addcmul(self.kind(kinds), age, self.rate)
+        share = torch.baddbmm(logit, history, self.query.expand(history.shape[0], -1, -1)).softmax(1)
         pooled = torch.bmm(share.transpose(1, 2), history).flatten(1)
-        count = torch.log1p((kinds > 0).sum(1, keepdim=True).float())
-        hidden = F.gelu(self.hidden(torch.cat([pooled, self.profile(profile), count], 1)))
-        return F.normalize(self.out(hidden) + self.mix(pooled), dim=1) * self.scale.exp()
+        hidden = F.relu(self.hidden(torch.cat([pooled, self.profile(profile).sum(1)], 1)))
+        # Layer norm without weights is an L2 norm in one operation, less the mean.
+        return F.layer_norm(torch.addmm(self.mix(pooled), hidden, self.out), (WIDTH,)) * self.scale
+
+
+class ItemTower(nn.Module):
+    """Unit vectors of items, from id and content, or from content alone where the id says nothing yet."""
+
+    def __init__(self, start: Tensor, features: Tensor, known: Tensor) -> None:
+        super().__init__()
+        # Sparse gradients: a step costs what its items cost, not what the catalog does.
+        self.id = nn.Embedding.from_pretrained(start, freeze=False, sparse=True)  # type: ignore[no-untyped-call]
+        self.content = nn.Sequential(nn.Linear(features.shape[1], HIDDEN), nn.GELU(), nn.Linear(HIDDEN, WIDTH))
+        self.features = features
+        self.known = known
+
+    def forward(self, rows: Tensor, dropout: float = 0.0) -> Tensor:
+        known = self.known[rows]
+        if dropout:
+            known = known * (torch.rand(len(rows)) >= dropout)
+        return F.normalize(self.id(rows) * known[:, None] + self.content(self.features[rows]), dim=1)
 
 
 @dataclass(frozen=True, slots=True)
 class TwoTower:
+    """A fitted network; the score of an item is the dot product of user and item vector."""
+
     item_vectors: npt.NDArray[np.float32]
+    """[n, 64], of length 1."""
     encoder: UserTower
     losses: tuple[tuple[float, float], ...]
+    """Training and validation loss of each epoch; empty where there was nothing to learn from."""
     history: int
+    """L: events that the encoder reads."""
     profile: int
+    """P: profile attributes that the encoder reads."""
 
     def export(self) -> torch.export.ExportedProgram:
-        size = torch.export.Dim("batch", min=1)
-        sample = (
+        """The encoder for batches of any size, 1 included."""
+        inputs = (
             torch.zeros(2, self.history, WIDTH),
             torch.zeros(2, self.history, dtype=torch.int64),
             torch.zeros(2, self.history),
             torch.zeros(2, self.profile, dtype=torch.int64),
         )
-        return torch.export.export(self.encoder, sample, dynamic_shapes=({0: size},) * 4)
+        batch = torch.export.Dim("batch", min=1)
+        return torch.export.export(self.encoder, inputs, dynamic_shapes=({0: batch},) * len(inputs))
 
 
-class Examples:
-    def __init__(self, user, row, ts_ms, kind, profiles, history, n_items):
-        self.history, self.n = history, n_items
-        self.row = torch.from_numpy(row.astype(np.int64))
-        self.ts = torch.from_numpy(ts_ms)
-        self.kind = torch.from_numpy(kind.astype(np.int64))
-        self.strength = torch.from_numpy(STRENGTH)[self.kind]
-        self.profiles = profiles
-        self.user = torch.from_numpy(user.astype(np.int64))
-        n = len(user)
-        first = np.r_[True, user[1:] != user[:-1]]
-        new = first | np.r_[True, ts_ms[1:] != ts_ms[:-1]]
-        at = np.flatnonzero(new)
-        begins = np.flatnonzero(first)
-        ends = np.r_[begins[1:], n]
-        which = np.cumsum(first)[at] - 1
-        self.at, self.begin, self.end = (torch.from_numpy(x) for x in (at, begins[which], ends[which]))
+class _Moments:
+    """Times of which something can be learned: before each event that is later than the one before it.
 
-    def past(self, chosen: Tensor):
-        at = self.at[chosen][:, None]
-        index = at - self.history + torch.arange(self.history)
-        real = index >= self.begin[chosen][:, None]
-        index = torch.where(real, index, 0)
-        ages_s = (self.ts[at] - self.ts[index]).float() / 1000
+    Lines of one basket share their time and so are one moment: none of them is another's history.
+    """
+
+    def __init__(
+        self,
+        user: npt.NDArray[np.int32],
+        row: npt.NDArray[np.int32],
+        ts_ms: npt.NDArray[np.int64],
+        kind: npt.NDArray[np.uint8],
+        history: int,
+    ) -> None:
+        first = np.ones(len(user), bool)
+        first[1:] = user[1:] != user[:-1]
+        later = first.copy()
+        later[1:] |= ts_ms[1:] != ts_ms[:-1]
+        at, begin = np.flatnonzero(later), np.flatnonzero(first)
+        owner = np.cumsum(first)[at] - 1
+        end = np.append(begin[1:], len(user))[owner]
+        wanted = np.append(0, np.cumsum(STRENGTH[kind] > 0))
+        useful = wanted[np.minimum(at + TARGETS, end)] > wanted[at]
+        self.at, self.begin, self.end = (torch.from_numpy(x[useful]) for x in (at, begin[owner], end))
+        self.user = user[at[useful]]
+        self.ts_ms = ts_ms[at[useful]]
+        self._row = torch.from_numpy(row.astype(np.int64))
+        self._kind = torch.from_numpy(kind.astype(np.int64))
+        self._strength = torch.from_numpy(STRENGTH[kind])
+        self._ts_ms = torch.from_numpy(ts_ms)
+        self._history = torch.arange(-history, 0)
+        self._targets = torch.arange(TARGETS)
+
+    def before(self, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows [B, L] (-1 where padding), kinds and ages in seconds of the last events before these moments."""
+        at = self.at[chosen, None]
+        index = at + self._history
+        real = index >= self.begin[chosen, None]
+        index = index.clamp(min=0)
+        age_s = (self._ts_ms[at] - self._ts_ms[index]).float() / 1000.0
         return (
-            torch.where(real, self.row[index], -1),
-            torch.where(real, self.kind[index], 0),
-            torch.where(real, ages_s, 0.0),
-            self.profiles[self.user[at[:, 0]]],
+            torch.where(real, self._row[index], -1),
+            torch.where(real, self._kind[index], 0),
+            torch.where(real, age_s, 0.0),
         )
 
-    def next(self, chosen: Tensor):
-        """Distinct rows wanted next [B,T], -1 padded; strength"""
-        at = self.at[chosen][:, None]
-        index = at + torch.arange(TARGETS)
-        real = index < self.end[chosen][:, None]
-        index = torch.where(real, index, 0)
-        real &= (self.ts[index] <= self.ts[at] + int(HORIZON_DAYS * MS_PER_DAY)) & (self.strength[index] > 0)
-        rows, order = torch.where(real, self.row[index], -1).sort(1)
-        strength = torch.where(real, self.strength[index], 0.0).gather(1, order)
+    def after(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """Distinct rows wanted next [B, T] (-1 where padding) and how much."""
+        index = self.at[chosen, None] + self._targets
+        real = index < self.end[chosen, None]
+        index = index.clamp(max=len(self._row) - 1)
+        strength = torch.where(real, self._strength[index], 0.0)
+        rows, order = torch.where(strength > 0, self._row[index], -1).sort(dim=1)
         again = torch.zeros_like(real)
         again[:, 1:] = rows[:, 1:] == rows[:, :-1]
-        return torch.where(again, -1, rows), strength
+        return torch.where(again, -1, rows), strength.gather(1, order)
 
 
 def fit(
-    user,
-    row,
-    ts_ms,
-    kind,
+    user: npt.NDArray[np.int32],
+    row: npt.NDArray[np.int32],
+    ts_ms: npt.NDArray[np.int64],
+    kind: npt.NDArray[np.uint8],
     *,
-    features,
-    profiles=(),
-    history=64,
-    profile=8,
-    seed=0,
-    on_epoch=lambda e, t, v: None,
-    **dbg,
-):
+    features: npt.NDArray[np.float32],
+    profiles: Sequence[Mapping[str, str]],
+    history: int = 64,
+    profile: int = 8,
+    seed: int = 0,
+    on_epoch: Callable[[int, float, float], None] = lambda epoch, train, valid: None,
+) -> TwoTower:
+    """Trains until the loss on held-out users stops falling, and keeps the best epoch.
+
+    `features` [n, d] are of the items (`content.features`), `profiles` of the users by number. The same
+    seed gives the same network on one thread. A million items with 130 features need some 4 GB.
+    """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    n = len(features)
+    n_items = len(features)
+    # The service keeps no other events, so the encoder must not learn from them either.
     kept = np.isin(kind, list(FOLDED))
     user, row, ts_ms, kind = user[kept], row[kept], ts_ms[kept], kind[kept]
-    codes = torch.tensor([profile_codes(p, profile) for p in profiles] or [[0] * profile] * (int(user.max()) + 1))
-    ex = Examples(user, row, ts_ms, kind, codes, history, n)
-    held = rng.random(int(user.max()) + 1) < HELD_OUT
-    w = np.exp2(-(ts_ms.max() - ts_ms[ex.at.numpy()]) / MS_PER_DAY / HALF_LIFE_DAYS)
-    va = held[user[ex.at.numpy()]]
-    tr, vl = np.flatnonzero(~va), np.flatnonzero(va)
-    p = w[tr] ** WEIGHT_POWER
-    p /= p.sum()
-    ws = torch.from_numpy(w ** (1 - WEIGHT_POWER)).float()
-    start = spectral(user[~held[user]], row[~held[user]], ts_ms[~held[user]], kind[~held[user]], n, seed)
-    count = np.bincount(row, minlength=n)
-    item = ItemTower(
-        torch.from_numpy(start), torch.from_numpy(features), torch.from_numpy((count >= LEAST).astype(np.float32))
-    )
-    enc = UserTower()
-    # how often each item is a target
-    q = torch.zeros(n)
-    for c in torch.arange(len(tr)).split(65536):
-        r, s = ex.next(torch.from_numpy(tr)[c])
-        pc = torch.from_numpy(p).float()[c][:, None].expand(-1, TARGETS)
-        q += torch.bincount(r[r >= 0], pc[r >= 0], minlength=n)
-    q /= q.sum()
-    wn = STRENGTH[kind] * np.exp2(-(ts_ms.max() - ts_ms) / MS_PER_DAY / NOW_DAYS)
-    qn = np.bincount(row, wn, minlength=n)
-    qn = torch.from_numpy(qn / qn.sum()).float()
-    qn = (1 - SMOOTH) * qn + SMOOTH * q
-    shift = SHIFT * torch.where(q > 0, (q / qn.clamp(min=1e-12)).log(), 0.0)
-    dense = [x for k, x in [*item.named_parameters(), *enc.named_parameters()] if k != "id.weight"]
-    o1 = torch.optim.AdamW(dense, lr=LR, weight_decay=0.0, fused=True)
-    o2 = torch.optim.SparseAdam([item.id.weight], lr=LR)
+    moments = _Moments(user, row, ts_ms, kind, history)
+    held = np.zeros(len(profiles), bool)
+    people = rng.permutation(np.unique(moments.user))
+    held[people[: int(HELD_OUT * len(people))]] = True
 
-    def loss_of(chosen, negs, drop):
-        hr, kd, ages, pf = ex.past(chosen)
-        tg, st = ex.next(chosen)
-        ctx, col = (tg >= 0).nonzero(as_tuple=True)
-        pos = tg[ctx, col]
-        uq, inv = torch.unique(torch.cat([hr.flatten(), pos, negs]), return_inverse=True)
-        # -1 first if there is padding
-        if uq[0] < 0:
-            V = F.pad(item(uq[1:], drop), (0, 0, 1, 0))
-        else:
-            V = item(uq, drop)
-        H = F.embedding(inv[: hr.numel()], V).view(*hr.shape, WIDTH)
-        U = enc(H, kd, ages, pf)
-        samp = inv[hr.numel() :]
-        cand, cc = torch.unique(samp, return_counts=True)
-        cr = uq[cand]
-        lq = cc.log() - (len(pos) * q[cr] + len(negs) / n).log()
-        S = U @ F.embedding(cand, V).T
-        pc = torch.searchsorted(cand, samp[: len(pos)])
-        if SHIFT:
-            S = S + shift[cr]
-        ps = S[ctx, pc]
-        if SHIFT and not SHIFTPOS:
-            ps = ps - shift[pos]
-        rest = (S + lq).index_put((ctx, pc), torch.tensor(-torch.inf)).logsumexp(1)
-        weight = (ws[chosen] / (tg >= 0).sum(1).clamp(min=1) ** 0.5)[ctx] * st[ctx, col]
-        return ((torch.logaddexp(ps, rest[ctx]) - ps) * weight).sum() / weight.sum()
+    # The start must not know the held-out users, or validation would find it better than it is.
+    open_ = ~held[user]
+    start = _spectral(user[open_], row[open_], ts_ms[open_], kind[open_], n_items, rng)
+    known = torch.from_numpy((np.bincount(row, minlength=n_items) >= FEWEST).astype(np.float32))
+    items, users = ItemTower(torch.from_numpy(start), torch.from_numpy(features), known), UserTower()
+    losses: list[tuple[float, float]] = []
+    if len(moments.at):
+        codes = torch.tensor([profile_codes(attributes, profile) for attributes in profiles])
+        _train(items, users, moments, held, codes, _now(row, ts_ms, kind, n_items), rng, losses, on_epoch)
+    with torch.inference_mode():
+        vectors = torch.cat([items(rows) for rows in torch.split(torch.arange(n_items), 65_536)])
+    return TwoTower(vectors.numpy(), users.eval(), tuple(losses), history, profile)
 
-    hist = []
-    best = math.inf
-    kept_ = None
-    bad = 0
-    vfix = (
-        torch.from_numpy(rng.choice(vl, 2048, p=w[vl] ** WEIGHT_POWER / (w[vl] ** WEIGHT_POWER).sum()))
-        if len(vl) > 2048
-        else torch.from_numpy(vl)
+
+def _train(
+    items: ItemTower,
+    users: UserTower,
+    moments: _Moments,
+    held: npt.NDArray[np.bool_],
+    codes: Tensor,
+    now: Tensor,
+    rng: np.random.Generator,
+    losses: list[tuple[float, float]],
+    on_epoch: Callable[[int, float, float], None],
+) -> None:
+    n_items = len(now)
+    owner = torch.from_numpy(moments.user.astype(np.int64))
+    weight = np.exp2(-(moments.ts_ms.max() - moments.ts_ms) / MS_PER_DAY / HALF_LIFE_DAYS)
+    validating = held[moments.user]
+    train = np.flatnonzero(~validating)
+    chance = weight[train] / weight[train].sum()
+    valid = np.flatnonzero(validating) if validating.any() else train
+    if len(valid) > VALIDATED:
+        valid = rng.choice(valid, VALIDATED, replace=False, p=weight[valid] / weight[valid].sum())
+    targeted = _targeted(moments, torch.from_numpy(train), torch.from_numpy(chance).float(), n_items)
+    now = (1.0 - NOW_FLOOR) * now + NOW_FLOOR * targeted
+    shift = torch.where(targeted > 0, torch.log(targeted / now.clamp(min=1e-12)), 0.0)
+
+    def loss(chosen: Tensor, drawn: Tensor, dropout: float) -> Tensor:
+        past, kinds, ages_s = moments.before(chosen)
+        wanted, strength = moments.after(chosen)
+        moment, place = (wanted >= 0).nonzero(as_tuple=True)
+        target = wanted[moment, place]
+        # Every item of the batch goes through the tower once. Row 0 of `vectors` stays for padding.
+        rows, index = torch.unique(
+            torch.cat([past.new_tensor([-1]), past.flatten(), target, drawn]), return_inverse=True
+        )
+        vectors = F.pad(items(rows[1:], dropout), (0, 0, 1, 0))
+        of_past, of_sampled = index[1 : 1 + past.numel()], index[1 + past.numel() :]
+        vector = users(F.embedding(of_past, vectors).view(*past.shape, WIDTH), kinds, ages_s, codes[owner[chosen]])
+        sampled, times = torch.unique(of_sampled, return_counts=True)
+        row = rows[sampled]
+        logit = vector @ F.embedding(sampled, vectors).T + shift[row]
+        expected = len(target) * targeted[row] + len(drawn) / n_items
+        column = torch.searchsorted(sampled, of_sampled[: len(target)])
+        own = logit[moment, column]
+        # No wanted item may serve as a negative of its own moment.
+        others = (logit + torch.log(times / expected)).index_put((moment, column), torch.tensor(-torch.inf))
+        rest = others.logsumexp(1)[moment]
+        weights = strength[moment, place] / (wanted >= 0).sum(1)[moment]
+        total: Tensor = ((torch.logaddexp(own, rest) - own) * weights).sum() / weights.sum()
+        return total
+
+    dense = [parameter for name, parameter in items.named_parameters() if name != "id.weight"]
+    optimisers = (
+        torch.optim.Adam([*dense, *users.parameters()], lr=LEARNING_RATE, fused=True),
+        torch.optim.SparseAdam([items.id.weight], lr=LEARNING_RATE),
     )
-    vneg = torch.from_numpy(np.random.default_rng(seed).integers(0, n, UNIFORM))
+    size = min(len(train), max(EPOCH, len(train) // 8))
+    validation = torch.split(torch.from_numpy(valid), BATCH)
+    negatives = [torch.from_numpy(rng.integers(0, n_items, UNIFORM)) for _ in validation]
+    best, waited = math.inf, 0
+    kept = copy.deepcopy((items.state_dict(), users.state_dict()))
     for epoch in range(MOST_EPOCHS):
-        size = min(EPOCH, len(tr))
-        order = torch.from_numpy(rng.choice(tr, size, p=p))
-        tot = []
-        for b in order.split(BATCH):
-            l = loss_of(b, torch.from_numpy(rng.integers(0, n, UNIFORM)), DROP)
-            o1.zero_grad()
-            o2.zero_grad()
-            l.backward()
-            o1.step()
-            o2.step()
-            tot.append(l.item())
+        taught = []
+        for chosen in torch.split(torch.from_numpy(rng.choice(train, size, p=chance)), BATCH):
+            value = loss(chosen, torch.from_numpy(rng.integers(0, n_items, UNIFORM)), ID_DROPOUT)
+            for optimiser in optimisers:
+                optimiser.zero_grad()
+            value.backward()  # type: ignore[no-untyped-call]
+            for optimiser in optimisers:
+                optimiser.step()
+            taught.append(value.item())
         with torch.no_grad():
-            v = float(np.mean([loss_of(b, vneg, 0.0).item() for b in vfix.split(BATCH)]))
-        hist.append((float(np.mean(tot)), v))
-        on_epoch(epoch, *hist[-1])
-        if "cb" in dbg:
-            dbg["cb"](item, enc, epoch)
-        if v < best - 1e-4:
-            best, bad = v, 0
-            kept_ = copy.deepcopy((item.state_dict(), enc.state_dict()))
-        else:
-            bad += 1
-            if bad >= PATIENCE:
-                break
-    item.load_state_dict(kept_[0])
-    enc.load_state_dict(kept_[1])
-    with torch.no_grad():
-        V = torch.cat([item(r) for r in torch.arange(n).split(65536)])
-    return TwoTower(V.numpy(), enc.eval(), tuple(hist), history, profile)
+            tested = [loss(*pair, 0.0).item() for pair in zip(validation, negatives, strict=True)]
+        losses.append((float(np.mean(taught)), float(np.mean(tested))))
+        on_epoch(epoch, *losses[-1])
+        if losses[-1][1] < best - 1e-4:
+            best, waited = losses[-1][1], 0
+            kept = copy.deepcopy((items.state_dict(), users.state_dict()))
+        elif (waited := waited + 1) >= PATIENCE:
+            break
+    items.load_state_dict(kept[0])
+    users.load_state_dict(kept[1])
 
 
-def spectral(user, row, ts_ms, kind, n, seed):
-    from models.recall import item_cf
+def _targeted(moments: _Moments, train: Tensor, chance: Tensor, n_items: int) -> Tensor:
+    """float32 [n]: the share of each item among the targets that training will see."""
+    total = torch.zeros(n_items)
+    for chosen, weight in zip(torch.split(train, 65_536), torch.split(chance, 65_536), strict=True):
+        rows, _ = moments.after(chosen)
+        moment, place = (rows >= 0).nonzero(as_tuple=True)
+        total += torch.bincount(rows[moment, place], weight[moment], minlength=n_items)
+    return total / total.sum()
 
-    x = item_cf._weights(user, row, ts_ms, kind, n, HALF_LIFE_DAYS)
-    d = np.asarray(x.multiply(x).sum(0)).ravel()
-    d = np.sqrt(d + 0.3 * d[d > 0].mean())
-    x = (x @ sp.diags((1 / d).astype(np.float32))).tocsr()
-    xt = x.T.tocsr()
-    g = np.random.default_rng(seed)
-    basis = np.linalg.qr(g.standard_normal((n, WIDTH + 16)).astype(np.float32))[0]
-    for _ in range(SPECTRAL_ROUNDS):
-        basis = np.linalg.qr(xt @ (x @ basis))[0]
-    b = x @ basis
-    _, s, v = np.linalg.svd(b.T @ b)
-    out = (basis @ v.T[:, :WIDTH]) * s[:WIDTH] ** 0.25
-    return (out / np.sqrt((out**2).sum(1).mean())).astype(np.float32)
+
+def _now(row: npt.NDArray[np.int32], ts_ms: npt.NDArray[np.int64], kind: npt.NDArray[np.uint8], n_items: int) -> Tensor:
+    """float32 [n]: the share of each item in what is wanted now."""
+    age_days = (ts_ms.max() - ts_ms) / MS_PER_DAY
+    total = np.bincount(row, STRENGTH[kind] * np.exp2(-age_days / NOW_DAYS), minlength=n_items)
+    return torch.from_numpy(total / max(total.sum(), 1e-12)).float()
+
+
+def _spectral(
+    user: npt.NDArray[np.int32],
+    row: npt.NDArray[np.int32],
+    ts_ms: npt.NDArray[np.int64],
+    kind: npt.NDArray[np.uint8],
+    n_items: int,
+    rng: np.random.Generator,
+) -> npt.NDArray[np.float32]:
+    """[n, 64] of mean square length 1: the leading right singular vectors of the user-item matrix, items damped
+    by the root of their strength, each vector times the root of its singular value."""
+    matrix = user_items(user, row, ts_ms, kind, n_items, HALF_LIFE_DAYS)
+    if not matrix.nnz:
+        return np.zeros((n_items, WIDTH), np.float32)
+    strength = np.asarray(matrix.multiply(matrix).sum(0)).ravel()
+    damped = 1.0 / np.sqrt(strength + 0.3 * strength[strength > 0].mean())
+    matrix = (matrix @ sp.diags_array(damped.astype(np.float32))).tocsr()
+    transposed = matrix.T.tocsr()
+    width = min(n_items, WIDTH + 16)
+    basis = np.linalg.qr(rng.standard_normal((n_items, width)).astype(np.float32))[0]
+    for _ in range(4):
+        basis = np.linalg.qr(transposed @ (matrix @ basis))[0]
+    small = matrix @ basis
+    _, squared, right = np.linalg.svd(small.T @ small)
+    vectors = np.zeros((n_items, WIDTH), np.float32)
+    kept = min(width, WIDTH)
+    vectors[:, :kept] = (basis @ right.T[:, :kept]) * squared[:kept] ** 0.25
+    vectors /= np.sqrt((vectors**2).sum(1).mean()) + 1e-12
+    return vectors

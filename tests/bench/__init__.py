@@ -1,0 +1,1 @@
+"""What the service can carry: `python -m tests.bench`."""

@@ -1,0 +1,188 @@
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from app.engine.program import load_program, save_program
+from app.state.events import EventType
+from models.recall import two_tower
+from models.recall.two_tower import TwoTower, _Moments
+
+HOUR_MS = 3_600_000
+GROUP = 20
+"""Items of one group; the last of each group nobody has touched yet."""
+
+Interactions = tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.int64], npt.NDArray[np.uint8]]
+
+
+def checkerboard(users: int = 120, length: int = 12) -> Interactions:
+    """Even users want items of the first group, odd users of the second."""
+    rng = np.random.default_rng(0)
+    user = np.repeat(np.arange(users, dtype=np.int32), length)
+    row = (rng.integers(0, GROUP - 1, len(user)) + user % 2 * GROUP).astype(np.int32)
+    ts_ms = np.tile(np.arange(length) * HOUR_MS, users).astype(np.int64)
+    return user, row, ts_ms, np.full(len(user), EventType.PURCHASE, np.uint8)
+
+
+def features() -> npt.NDArray[np.float32]:
+    noise = np.random.default_rng(1).normal(size=(2 * GROUP, 8)) * 0.1
+    noise[:GROUP, 0] += 1
+    noise[GROUP:, 1] += 1
+    return noise.astype(np.float32)
+
+
+def fit(seed: int = 0) -> TwoTower:
+    return two_tower.fit(*checkerboard(), features=features(), profiles=[{}] * 120, history=8, seed=seed)
+
+
+@pytest.fixture(scope="module")
+def towers() -> TwoTower:
+    return fit()
+
+
+def inputs(rows: list[list[int]], towers: TwoTower) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Histories of purchases, an hour apart, the last an hour ago."""
+    shape = (len(rows), towers.history)
+    history, kinds, ages_s = (
+        torch.zeros(*shape, two_tower.WIDTH),
+        torch.zeros(shape, dtype=torch.int64),
+        torch.zeros(shape),
+    )
+    for index, of_user in enumerate(rows):
+        for place, row in enumerate(reversed(of_user[-towers.history :])):
+            history[index, -1 - place] = torch.from_numpy(towers.item_vectors[row])
+            kinds[index, -1 - place] = EventType.PURCHASE
+            ages_s[index, -1 - place] = 3600.0 * (place + 1)
+    return history, kinds, ages_s, torch.zeros(len(rows), towers.profile, dtype=torch.int64)
+
+
+def scores(rows: list[list[int]], towers: TwoTower) -> npt.NDArray[np.float32]:
+    with torch.inference_mode():
+        users: npt.NDArray[np.float32] = towers.encoder(*inputs(rows, towers)).numpy()
+    return users @ towers.item_vectors.T
+
+
+def test_users_get_the_items_of_their_group(towers: TwoTower) -> None:
+    found = scores([[1, 2, 3], [GROUP + 1, GROUP + 2, GROUP + 3]], towers)
+    best = np.argsort(-found, axis=1)[:, : GROUP - 1]
+    assert (best[0] < GROUP).all()
+    assert (best[1] >= GROUP).all()
+
+
+def test_an_item_nobody_touched_is_found_by_its_content(towers: TwoTower) -> None:
+    first, second = GROUP - 1, 2 * GROUP - 1
+    found = scores([[1, 2, 3], [GROUP + 1, GROUP + 2, GROUP + 3]], towers)
+    others = np.delete(np.arange(2 * GROUP), [first, second])
+    assert found[0, first] > found[0, others[others >= GROUP]].max() and found[0, first] > found[0, second]
+    assert found[1, second] > found[1, others[others < GROUP]].max() and found[1, second] > found[1, first]
+
+
+def test_vectors_have_the_promised_shape_and_length(towers: TwoTower) -> None:
+    assert towers.item_vectors.shape == (2 * GROUP, 64) and towers.item_vectors.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(towers.item_vectors, axis=1), 1.0, atol=1e-5)
+    with torch.inference_mode():
+        users = towers.encoder(*inputs([[1], [2, 3, GROUP]], towers))
+    torch.testing.assert_close(
+        users.norm(dim=1), torch.full((2,), float(towers.encoder.scale.detach()) * 8), rtol=1e-3, atol=0
+    )
+
+
+def test_a_user_without_history_has_a_vector(towers: TwoTower) -> None:
+    assert np.isfinite(scores([[]], towers)).all()
+
+
+def test_padding_tells_nothing(towers: TwoTower) -> None:
+    history, kinds, ages_s, profile = inputs([[1, 2, 3]], towers)
+    with torch.inference_mode():
+        expected = towers.encoder(history, kinds, ages_s, profile)
+        for width in (3, 8, 20):
+            wider = (
+                torch.zeros(1, width, two_tower.WIDTH),
+                torch.zeros(1, width, dtype=torch.int64),
+                torch.zeros(1, width),
+            )
+            for padded, whole in zip(wider, (history, kinds, ages_s), strict=True):
+                padded[:, -3:] = whole[:, -3:]
+            torch.testing.assert_close(towers.encoder(*wider, profile), expected)
+
+
+def test_losses_are_reported_and_fall(towers: TwoTower) -> None:
+    seen: list[tuple[int, float, float]] = []
+    again = two_tower.fit(
+        *checkerboard(),
+        features=features(),
+        profiles=[{}] * 120,
+        history=8,
+        on_epoch=lambda epoch, train, valid: seen.append((epoch, train, valid)),
+    )
+    assert [(train, valid) for _, train, valid in seen] == list(again.losses)
+    assert [epoch for epoch, _, _ in seen] == list(range(len(again.losses)))
+    assert again.losses[-1][0] < again.losses[0][0]
+
+
+def test_a_seed_gives_the_same_network(towers: TwoTower) -> None:
+    again, other = fit(), fit(seed=1)
+    np.testing.assert_array_equal(again.item_vectors, towers.item_vectors)
+    for name, value in towers.encoder.state_dict().items():
+        assert torch.equal(again.encoder.state_dict()[name], value)
+    assert again.losses == towers.losses
+    assert not np.array_equal(other.item_vectors, towers.item_vectors)
+
+
+@pytest.mark.parametrize("size", [1, 2, 33])
+def test_the_exported_encoder_is_the_encoder(towers: TwoTower, size: int, tmp_path: Path) -> None:
+    path = tmp_path / "encoder.pt2"
+    save_program(towers.export(), path)
+    rows = [[index % 40, (index * 7) % 40][: index % 3] for index in range(size)]
+    given = inputs(rows, towers)
+    with torch.inference_mode():
+        torch.testing.assert_close(load_program(path, torch.device("cpu"))(*given), towers.encoder(*given))
+
+
+@pytest.mark.parametrize("events", [0, 1])
+def test_too_little_to_learn_from_still_gives_vectors(events: int) -> None:
+    user, row, ts_ms, kind = (column[:events] for column in checkerboard())
+    towers = two_tower.fit(user, row, ts_ms, kind, features=features(), profiles=[{}], history=8)
+    assert np.isfinite(towers.item_vectors).all() and len(towers.item_vectors) == 2 * GROUP
+
+
+def test_impressions_teach_nothing() -> None:
+    user, row, ts_ms, kind = checkerboard()
+    kind[:] = EventType.VIEW_ITEM_LIST
+    towers = two_tower.fit(user, row, ts_ms, kind, features=features(), profiles=[{}] * 120, history=8)
+    assert towers.losses == ()
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 3), st.integers(0, 9), st.integers(0, 5), st.sampled_from([3, 8, 14])),
+        min_size=1,
+        max_size=40,
+    )
+)
+def test_history_lies_before_the_targets_and_is_of_the_same_user(events: list[tuple[int, int, int, int]]) -> None:
+    ordered = sorted(events, key=lambda event: (event[0], event[2]))
+    user, row, hour, kind = (np.array([event[column] for event in ordered]) for column in range(4))
+    moments = _Moments(user.astype(np.int32), row.astype(np.int32), hour * HOUR_MS, kind.astype(np.uint8), history=4)
+    everything = torch.arange(len(moments.at))
+    past, kinds, ages_s = moments.before(everything)
+    wanted, strength = moments.after(everything)
+    assert ((wanted >= 0).any(1)).all(), "every moment has something to foresee"
+    for index in range(len(moments.at)):
+        of_user, now_ms = int(moments.user[index]), int(moments.ts_ms[index])
+        mine = [event for event in ordered if event[0] == of_user]
+        before = [event for event in mine if event[2] * HOUR_MS < now_ms][-4:]
+        after = [event for event in mine if event[2] * HOUR_MS >= now_ms][: two_tower.TARGETS]
+        real = past[index] >= 0
+        assert past[index][real].tolist() == [event[1] for event in before]
+        assert kinds[index][real].tolist() == [event[3] for event in before]
+        assert ages_s[index][real].tolist() == [(now_ms - event[2] * HOUR_MS) / 1000 for event in before]
+        assert not kinds[index][~real].any()
+        targets = wanted[index][wanted[index] >= 0].tolist()
+        assert sorted(targets) == sorted({event[1] for event in after if event[3] != EventType.HIDE})
+        assert (strength[index][wanted[index] >= 0] > 0).all()

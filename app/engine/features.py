@@ -4,6 +4,7 @@ Every sum runs over a user's events in time order and never across users, so on 
 features are the same to the last bit in whatever batch it sits.
 """
 
+import math
 from collections.abc import Sequence
 from functools import cache
 
@@ -103,7 +104,7 @@ def _user(batch: Batch, catalog: Catalog) -> tuple[Tensor, Tensor]:
     """float32 [U, B] and the weight of each event [E]."""
     device, size = batch.device, batch.size
     interest = _by_kind(device)[0].index_select(0, batch.kind)
-    weight = interest * torch.exp2(-batch.age_days / HALF_LIFE_DAYS)
+    weight = interest * torch.exp(batch.age_days * (-math.log(2) / HALF_LIFE_DAYS))
     price = catalog.log_price.index_select(0, batch.row)
     priced = weight * (price > 0)
     bought = (batch.kind == EventType.PURCHASE).float()

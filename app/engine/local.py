@@ -175,5 +175,5 @@ def _keep_freed_memory() -> None:
         mallopt = getattr(ctypes.CDLL(libc), "mallopt", None)
         if mallopt:
             trim_threshold, mmap_threshold = -1, -3
-            mallopt(mmap_threshold, 1 << 30)
-            mallopt(trim_threshold, 1 << 30)
+            mallopt(mmap_threshold, 32 << 20)  # the most that glibc takes; above it, nothing is set
+            mallopt(trim_threshold, 256 << 20)

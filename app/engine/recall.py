@@ -1,5 +1,6 @@
 """Recall: the three kinds of artifact, each proposing candidates for a whole batch."""
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib import import_module
@@ -152,8 +153,8 @@ def recall_neighbours(sources: Sequence[NeighbourSource], batch: Batch, context:
 def anchors(sources: Sequence[NeighbourSource], batch: Batch, context: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The distinct items whose neighbours count: their slot (source * B + query), ascending, catalog row and weight."""
     device, size = batch.device, batch.size
-    by_kind, half_life, limit = _rules(tuple(sources), device)
-    weights = by_kind.index_select(1, batch.kind) * torch.exp2(-batch.age_days / half_life)
+    by_kind, decay, limit = _rules(tuple(sources), device)
+    weights = by_kind.index_select(1, batch.kind) * torch.exp(batch.age_days * decay)
     counted = (weights > 0) & (batch.from_end < limit)
     on_page = context and len(batch.anchor_row) > 0
     if on_page:
@@ -174,10 +175,11 @@ def anchors(sources: Sequence[NeighbourSource], batch: Batch, context: bool) -> 
 
 @lru_cache(maxsize=64)
 def _rules(sources: tuple[NeighbourSource, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Weight by event type [S, 256], half-life in days [S, 1] and limit [S, 1] of the sources."""
+    """Weight by event type [S, 256], decay a day [S, 1] and limit [S, 1] of the sources."""
+    # exp and not exp2, whose last bit depends on where in a tensor a number lies: features must not.
     by_kind = torch.stack([source.by_kind for source in sources])
-    half_life = torch.tensor([[source.half_life_days] for source in sources], device=device)
-    return by_kind, half_life, torch.tensor([[source.limit] for source in sources], device=device)
+    decay = torch.tensor([[-math.log(2) / source.half_life_days] for source in sources], device=device)
+    return by_kind, decay, torch.tensor([[source.limit] for source in sources], device=device)
 
 
 def _summed(pair: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:

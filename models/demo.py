@@ -15,9 +15,12 @@ from urllib.parse import quote
 
 import httpx
 import polars as pl
+import torch
 import typer
 
-from app.bundle import current
+from app.bundle import BundleError, current, open_bundle
+from app.engine.pipeline import Pipeline
+from app.engine.recorded import replay
 from app.settings import Settings
 from models.commands import Column, Events, Items, Users, console, one_line_errors, progress, single_threaded, tables_of
 from models.data import Tables
@@ -46,7 +49,7 @@ def demo(
     asked = _fingerprint([path for path in (events, items, users) if path], column or [])
     standing = _standing(home)
     with one_line_errors():
-        if standing and standing["asked"] == asked and current(bundles) == standing["version"]:
+        if standing and standing["asked"] == asked and _serves(bundles, standing["version"]):
             console.print(f"using what stands in {home}", highlight=False)
             _serve(home, port, standing)
             return
@@ -69,6 +72,18 @@ def _fingerprint(paths: Sequence[Path], columns: Sequence[str]) -> str:
     """Changes when another history is asked for, or another version of the same files."""
     stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths if path.exists()]
     return hashlib.sha256(json.dumps([stats, list(columns), ITEMS, USERS, EVENTS]).encode()).hexdigest()
+
+
+def _serves(bundles: Path, version: str) -> bool:
+    """Whether the bundle is the current one and this code still answers its recorded queries."""
+    if current(bundles) != version:
+        return False
+    try:
+        replay(Pipeline(open_bundle(bundles / version), torch.device("cpu"), 32))
+    except BundleError as error:
+        console.print(f"training anew: {error}", markup=False, highlight=False)
+        return False
+    return True
 
 
 def _standing(home: Path) -> dict[str, str] | None:

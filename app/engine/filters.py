@@ -4,20 +4,21 @@ from torch import Tensor
 
 from app.catalog import Catalog
 from app.engine.batch import Batch, PairSet
-from app.engine.merge import Candidates
+from app.engine.merge import Pairs
 from app.scenes import Scene
 from app.state.events import BOUGHT
 
 
-def allowed(batch: Batch, candidates: Candidates, scene: Scene, catalog: Catalog, pairs: PairSet) -> Tensor:
+def allowed(candidates: Pairs, batch: Batch, scene: Scene, catalog: Catalog, pairs: PairSet) -> Tensor:
     """bool [M]: available, not excluded for this user, not on the page, and within the request's own filters."""
-    mask = catalog.available.index_select(0, candidates.row)
-    found = pairs.find(*forbidden(batch, scene), candidates.query, candidates.row)
+    of_query, of_row = candidates
+    mask = catalog.available.index_select(0, of_row)
+    found = pairs.find(*forbidden(batch, scene), of_query, of_row)
     mask.index_fill_(0, found.index_select(0, (found >= 0).nonzero().squeeze(1)), False)
     for index, query in enumerate(batch.queries):
         if query.where:
-            mine = (candidates.query == index).nonzero().squeeze(1)
-            eligible = catalog.eligible(query.where).index_select(0, candidates.row.index_select(0, mine))
+            mine = (of_query == index).nonzero().squeeze(1)
+            eligible = catalog.eligible(query.where).index_select(0, of_row.index_select(0, mine))
             mask[mine] &= eligible
     return mask
 

@@ -1,6 +1,6 @@
 """Merge: the union of what the sources propose, one score and one rank column a source."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,10 @@ from app.engine.recall import Recalled, sort_with_position
 
 ABSENT = 10_000.0
 """The rank of an item in a source that does not propose it."""
+
+
+Pairs = tuple[Tensor, Tensor]
+"""Queries and catalog rows, int64 [M] each."""
 
 
 @dataclass(slots=True)
@@ -28,36 +32,31 @@ class Candidates:
     best: Tensor
     """float32 [S, B]: the best score that each source gave in the query, 0 where it gave none."""
 
-    def where(self, mask: Tensor) -> "Candidates":
-        """The candidates for which the bool [M] holds, in the same order."""
-        kept = mask.nonzero().squeeze(1)
-        return Candidates(
-            self.query.index_select(0, kept),
-            self.row.index_select(0, kept),
-            self.score.index_select(1, kept),
-            self.rank.index_select(1, kept),
-            self.best,
-        )
-
     @property
     def proposed(self) -> Tensor:
         """bool [S, M]: which sources propose the item."""
         return self.rank < ABSENT
 
 
-def merge(batch: Batch, recalled: Sequence[Recalled], ks: Sequence[int], pairs: PairSet) -> Candidates:
-    """The union of the first `ks[s]` items of every source `s`; what is ranked deeper only lends its score."""
-    device, sources = batch.device, len(recalled)
-    query, row, score, rank = (torch.cat(columns) for columns in zip(*recalled, strict=True))
-    counts = torch.tensor([len(part.query) for part in recalled], device=device)
-    source = torch.arange(sources, device=device).repeat_interleave(counts)
+def merge(
+    batch: Batch, said: Recalled, source: Tensor, ks: Sequence[int], pairs: PairSet, allowed: Callable[[Pairs], Tensor]
+) -> Candidates:
+    """The union of the first `ks[s]` items of every source `s`, less what is not `allowed`.
+
+    What a source ranks deeper only lends its score. `source` int64 [E] is who said what.
+    """
+    device, sources = batch.device, len(ks)
+    query, row, score, rank = said
     proposed = rank < torch.tensor(ks, device=device).index_select(0, source)
 
     named = proposed.nonzero().squeeze(1)
     first = pairs.distinct(query.index_select(0, named), row.index_select(0, named))
     first = named.index_select(0, first)
-    of_query, order = sort_with_position(query.index_select(0, first), batch.size)
+    union, order = sort_with_position(query.index_select(0, first), batch.size)
     of_row = row.index_select(0, first.index_select(0, order))
+    # Filtered before there is a column to filter.
+    kept = allowed((union, of_row)).nonzero().squeeze(1)
+    of_query, of_row = union.index_select(0, kept), of_row.index_select(0, kept)
 
     index = pairs.find(query, row, of_query, of_row)
     hit = (index >= 0).nonzero().squeeze(1)

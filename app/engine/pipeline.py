@@ -7,7 +7,7 @@ queries and property tests all call the same `Pipeline`.
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import structlog
 import torch
@@ -95,38 +95,45 @@ class Pipeline:
     def prepare(self, scene: Scene, queries: Sequence[Query], states: Sequence[UserState], now_ms: int) -> Prepared:
         """State, recall, merge and filter, for queries of one scene."""
         batch = collate(queries, states, self.catalog, self.window, now_ms)
-        recalled, degraded = self._recall(batch, scene)
-        candidates = merge(batch, recalled, [source.k for source in scene.sources], self._pairs)
-        candidates = candidates.where(allowed(batch, candidates, scene, self.catalog, self._pairs))
+        said, source, degraded = self._recall(batch, scene)
+        ks = [source.k for source in scene.sources]
+        rules = partial(allowed, batch=batch, scene=scene, catalog=self.catalog, pairs=self._pairs)
+        candidates = merge(batch, said, source, ks, self._pairs, rules)
         candidates = self._backfill(batch, candidates, scene)
-        for column, source in enumerate(scene.sources):
-            vectors = self.sources[source.name]
-            if isinstance(vectors, VectorSource) and source.name in batch.user_vectors:
+        for column, wanted in enumerate(scene.sources):
+            vectors = self.sources[wanted.name]
+            if isinstance(vectors, VectorSource) and wanted.name in batch.user_vectors:
                 candidates.score[column] = vectors.score(batch, candidates.query, candidates.row)
         return Prepared(batch, candidates, degraded)
 
-    def _recall(self, batch: Batch, scene: Scene) -> tuple[list[Recalled], list[str]]:
-        """What each source of the scene proposes, and the stages that failed."""
-        opened = {source.name: self.sources[source.name] for source in scene.sources}
-        together = {name: source for name, source in opened.items() if isinstance(source, NeighbourSource)}
-        recalled: dict[str, Recalled] = {}
-        degraded = []
-        if together:
+    def _recall(self, batch: Batch, scene: Scene) -> tuple[Recalled, Tensor, list[str]]:
+        """What the sources say, which of the scene's sources int64 [E] said it, and the stages that failed."""
+        parts, said_by = [NOTHING], [NOTHING.query]
+        degraded: list[str] = []
+
+        def failed(names: Sequence[str], error: Exception) -> None:
+            log.error("recall failed", sources=names, error=str(error))
+            degraded.extend(f"recall:{name}" for name in names)
+
+        sources = [self.sources[wanted.name] for wanted in scene.sources]
+        neighbours = {number: one for number, one in enumerate(sources) if isinstance(one, NeighbourSource)}
+        if neighbours:
             try:
-                found = recall_neighbours(list(together.values()), batch, scene.context)
-                recalled.update(zip(together, found, strict=True))
+                which, part = recall_neighbours(list(neighbours.values()), batch, scene.context)
+                parts.append(part)
+                said_by.append(torch.tensor(list(neighbours), device=self.device).index_select(0, which))
             except (RuntimeError, ValueError, IndexError) as error:
-                log.error("recall failed", source=list(together), error=str(error))
-        for wanted in scene.sources:
-            if wanted.name not in together:
-                try:
-                    recalled[wanted.name] = opened[wanted.name].recall(batch, wanted.k, scene.context)
-                except (RuntimeError, ValueError, IndexError) as error:
-                    log.error("recall failed", source=wanted.name, error=str(error))
-            if wanted.name not in recalled:
-                degraded.append(f"recall:{wanted.name}")
-                recalled[wanted.name] = NOTHING
-        return [recalled[wanted.name] for wanted in scene.sources], degraded
+                failed([one.name for one in neighbours.values()], error)
+        for number, (wanted, one) in enumerate(zip(scene.sources, sources, strict=True)):
+            if number in neighbours:
+                continue
+            try:
+                part = one.recall(batch, wanted.k, scene.context)
+                parts.append(part)
+                said_by.append(torch.full_like(part.query, number))
+            except (RuntimeError, ValueError, IndexError) as error:
+                failed([wanted.name], error)
+        return Recalled(*map(torch.cat, zip(*parts, strict=True))), torch.cat(said_by), degraded
 
     def features(self, prepared: Prepared) -> Tensor:
         """float32 [M, F] of the candidates; `feature_names` of the scene names the columns."""

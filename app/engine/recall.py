@@ -116,11 +116,14 @@ class NeighbourSource:
             self.by_kind[EventType[name.upper()]] = weight
 
     def recall(self, batch: Batch, k: int, context: bool) -> Recalled:
-        return recall_neighbours([self], batch, context)[0]
+        return recall_neighbours([self], batch, context)[1]
 
 
-def recall_neighbours(sources: Sequence[NeighbourSource], batch: Batch, context: bool) -> list[Recalled]:
-    """What `recall` of each source gives, in one pass: a query of a source is treated as a query of its own."""
+def recall_neighbours(sources: Sequence[NeighbourSource], batch: Batch, context: bool) -> tuple[Tensor, Recalled]:
+    """What `recall` of each source gives, one after the other, and which source int64 [E] said it.
+
+    In one pass: a query of a source is treated as a query of its own.
+    """
     slot, row, weight = anchors(sources, batch, context)
     bounds = torch.searchsorted(slot, torch.arange(len(sources) + 1, device=batch.device) * batch.size).tolist()
     # A pair is numbered slot * (items + 1) + 1 + item, so that a table's -1 falls on an item 0 of its own and is
@@ -143,11 +146,8 @@ def recall_neighbours(sources: Sequence[NeighbourSource], batch: Batch, context:
     near = (rank < DEPTH).nonzero().squeeze(1)
     slot, rank, order = slot.index_select(0, near), rank.index_select(0, near), order.index_select(0, near)
     row, total = row.index_select(0, order), total.index_select(0, order)
-    bounds = torch.searchsorted(slot, torch.arange(len(sources) + 1, device=batch.device) * batch.size).tolist()
-    return [
-        Recalled(slot[start:end] - number * batch.size, row[start:end], total[start:end], rank[start:end])
-        for number, (start, end) in enumerate(pairwise(bounds))
-    ]
+    number = slot // batch.size
+    return number, Recalled(slot - number * batch.size, row, total, rank)
 
 
 def anchors(sources: Sequence[NeighbourSource], batch: Batch, context: bool) -> tuple[Tensor, Tensor, Tensor]:

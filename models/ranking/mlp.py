@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -54,11 +55,7 @@ class Mlp(nn.Module):
         self.register_buffer("mean", mean)
         self.register_buffer("scale", 1.0 / deviation)
         sizes = [len(mean), *HIDDEN]
-        layers = [
-            layer
-            for a, b in zip(sizes, sizes[1:], strict=False)
-            for layer in (nn.Linear(a, b), nn.ReLU(), nn.Dropout(DROPOUT))
-        ]
+        layers = [layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b), nn.ReLU(), nn.Dropout(DROPOUT))]
         self.layers = nn.Sequential(*layers, nn.Linear(sizes[-1], 1))
 
     def forward(self, features: Tensor) -> Tensor:
@@ -77,8 +74,8 @@ def fit(
 ) -> Mlp:
     """Trains by listwise softmax cross-entropy (ListNet; Cao et al., ICML 2007), one list a query.
 
-    A tenth of the queries is held out, and the epoch that ranks it best is kept. Queries without a positive candidate teach
-    nothing here and are left out. Raises `ValueError` where no query has one.
+    A tenth of the queries is held out, and the epoch that ranks it best is kept. Queries without a positive
+    candidate teach nothing here and are left out. Raises `ValueError` where no query has one.
     """
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)

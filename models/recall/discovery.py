@@ -28,7 +28,9 @@ def fit(
     now_ms: int,
     k: int = 100,
 ) -> Neighbours:
-    """weight(i, j) = sum of decayed first times of j among those who have i / (owners of i + 20) / discoveries of j ** 0.3.
+    """For each item the `k` best by weight(i, j) = f(i, j) / (owners of i + 20) / f(j) ** 0.3.
+
+    f(j) are the decayed first times of j, f(i, j) those among people who have i.
 
     A first time counts if its user had been there on an earlier day: a newcomer's first basket is all
     first times and says nothing of what they will want next.
@@ -56,7 +58,7 @@ def first_times(
     n_items: int,
     now_ms: int,
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
-    """User, row, age in days of each pair's first event of the strongest kind there is, and whether the user returned for it."""
+    """User, row and age in days of each pair's first event of the strongest kind there is; whether the user returned."""
     strength = STRENGTH[kind]
     strong = strength == strength.max(initial=0.0)
     strong &= strength > 0

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from app.bundle import Bundle, BundleError, RankerSpec
 from app.engine.features import feature_names
@@ -60,7 +61,16 @@ class Ranker:
     def __init__(self, spec: RankerSpec, bundle: Bundle, device: torch.device) -> None:
         self.name = spec.name
         self.features = spec.features
-        self.score = load_program(bundle.path / spec.program, device)
+        self._program = load_program(bundle.path / spec.program, device)
+
+    def score(self, features: Tensor) -> Tensor:
+        """float32 [M] for features [M, F]."""
+        # oneDNN generates code for every new shape and keeps a thousand: rounded up, a few dozen shapes serve all
+        # batches. Without this a single request spent more on code generation than on ranking.
+        rows = len(features)
+        step = 64 if rows < 1024 else 1024
+        padded = pad(features.t(), (0, -rows % step)).t()
+        return self._program(padded)[:rows]
 
     def check(self, scene: str, sources: tuple[str, ...], statistics: tuple[str, ...]) -> None:
         """Raises `BundleError` unless the scene computes the very features the ranker was trained on."""

@@ -58,7 +58,7 @@ def first_times(
     n_items: int,
     now_ms: int,
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
-    """User, row and age in days of each pair's first event of the strongest kind there is; whether the user returned."""
+    """User, row and age in days of each pair's first event of the strongest kind there is; whether they returned."""
     strength = STRENGTH[kind]
     strong = strength == strength.max(initial=0.0)
     strong &= strength > 0

@@ -70,7 +70,7 @@ class Catalog:
 
     def rows(self, keys: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Row of each key, `NO_ROW` for an item this bundle does not know."""
-        if not self.size:
+        if not self.size or not len(keys):
             return np.full(len(keys), NO_ROW)
         found = np.searchsorted(self._key, keys).clip(max=self.size - 1)
         return np.where(self._key[found] == keys, found, NO_ROW)

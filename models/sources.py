@@ -57,6 +57,8 @@ K: Mapping[str, int] = {
 }
 """Candidates by source, in the order of a cascade: what knows the user best comes first."""
 
+LISTS = ("trending", "popular", "new")
+
 Progress = Callable[[str], None]
 
 
@@ -148,9 +150,12 @@ def fit(folder: Path, tables: Tables, log: Log, cut_ms: int, seed: int, progress
 def scenes(sources: list[str]) -> dict[str, Scene]:
     """The scenes a bundle starts with; rankers are named once they are trained."""
     everything = tuple(SceneSource(name=name, k=k) for name, k in K.items() if name in sources)
-    # On a product page or in the cart what goes with the items there comes before what fits the user.
-    ahead = sorted(everything, key=lambda source: source.name not in ("item_cf", "session", "ease", "content"))
-    around = tuple(source for source in ahead if source.name != "history")
+    # On a product page or in the cart, what goes with the items there comes before what is popular.
+    around = tuple(
+        source.model_copy(update={"weight": 0.3 if source.name in LISTS else 1.0})
+        for source in everything
+        if source.name != "history"
+    )
     return {
         "home": Scene(sources=everything),
         "buy_again": Scene(sources=everything, repeats=True),

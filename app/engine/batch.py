@@ -126,8 +126,13 @@ def collate(queries: Sequence[Query], states: Sequence[UserState], catalog: Cata
     )
 
 
+_NOBODY = np.empty(0, np.int64)
+
+
 def _named(named: Sequence[tuple[str, ...]], catalog: Catalog) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Query and row of the items that the queries name, as far as the bundle knows them."""
+    if not any(named):
+        return _NOBODY, _NOBODY
     query = np.repeat(np.arange(len(named)), [len(items) for items in named])
     row = catalog.rows(np.array([item_key(item) for items in named for item in items], np.int64))
     return query[row != NO_ROW], row[row != NO_ROW]

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
+import numpy as np
 import structlog
 import torch
 from torch import Tensor
@@ -209,16 +210,17 @@ class Pipeline:
     ) -> list[Slate]:
         batch, candidates = prepared.batch, prepared.candidates
         scene_sources = tuple(source.name for source in scene.sources)
-        if len(candidates.row):
-            found = position.clamp(min=0)
-            bit = 2 ** torch.arange(len(scene_sources), device=self.device)
-            proposed = candidates.rank[:, found.flatten()] < ABSENT
-            rows, masks = candidates.row[found].tolist(), (proposed * bit[:, None]).sum(0).view_as(found).tolist()
-        else:
-            rows = masks = [[]] * batch.size
         counts = (position >= 0).sum(1).tolist()
-        names = {mask: _names(mask, scene_sources) for own in masks for mask in set(own)}
         scores = score.tolist()
+        rows: list[list[int]] = [[]] * batch.size
+        masks = rows
+        if len(candidates.row):
+            shown = position.clamp(min=0).flatten()
+            shape = position.shape
+            rows = candidates.row.index_select(0, shown).view(shape).tolist()
+            proposed = (candidates.rank.index_select(1, shown) < ABSENT).cpu().numpy()
+            masks = (proposed.T @ (1 << np.arange(len(scene_sources)))).reshape(shape).tolist()
+        names = {mask: _names(mask, scene_sources) for own in masks for mask in set(own)}
         slates = []
         for index, query in enumerate(batch.queries):
             count = min(counts[index], query.limit)

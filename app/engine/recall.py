@@ -80,15 +80,17 @@ class VectorSource:
 
     def _inputs(self, batch: Batch, context: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         length, device = self.spec.history, batch.device
-        # What is on the page is what the user looks at now.
-        query = torch.cat([batch.query, batch.anchor_query])
-        on_page = torch.bincount(batch.anchor_query, minlength=batch.size)
-        also = on_page.index_select(0, batch.query)
-        before = torch.where(also > 0, length, batch.from_end) if context else batch.from_end + also
-        last = torch.cat([before, _from_end(batch.anchor_query, on_page)])
-        row = torch.cat([batch.row, batch.anchor_row])
-        kind = torch.cat([batch.kind, torch.full_like(batch.anchor_row, EventType.VIEW_ITEM)])
-        age_s = torch.cat([batch.age_days * 86_400, torch.zeros(len(batch.anchor_row), device=device)])
+        query, row, kind, last = batch.query, batch.row, batch.kind, batch.from_end
+        age_s = batch.age_days * 86_400
+        if len(batch.anchor_row):
+            # What is on the page is what the user looks at now.
+            on_page = torch.bincount(batch.anchor_query, minlength=batch.size)
+            also = on_page.index_select(0, query)
+            before = torch.where(also > 0, length, last) if context else last + also
+            last = torch.cat([before, _from_end(batch.anchor_query, on_page)])
+            query, row = torch.cat([query, batch.anchor_query]), torch.cat([row, batch.anchor_row])
+            kind = torch.cat([kind, torch.full_like(batch.anchor_row, EventType.VIEW_ITEM)])
+            age_s = torch.cat([age_s, torch.zeros(len(batch.anchor_row), device=device)])
         recent = (last < length).nonzero().squeeze(1)
         cell = query.index_select(0, recent) * length + (length - 1 - last.index_select(0, recent))
         cells = batch.size * length

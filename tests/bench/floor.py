@@ -58,7 +58,8 @@ def floor_app(answer: bytes, settings: Settings) -> FastAPI:
     app = create_app(settings, Constant(slate))
     constant = Recommendation.model_validate_json(answer)
 
-    @app.get("/floor")
+    # Of the same size: FastAPI would write out the fields that were not asked for.
+    @app.get("/floor", response_model_exclude_unset=True)
     async def floor() -> Recommendation:
         return constant
 

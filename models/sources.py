@@ -32,16 +32,8 @@ TOWERS_FROM = 1_000
 NEIGHBOURS = 32
 """Neighbours an item; the time of a request goes with them, and 50 rank no better."""
 
-# What an event says of the wish for an item; found on validation data, the ratios matter little.
-INTEREST = {
-    "select_item": 0.5,
-    "view_item": 0.5,
-    "add_to_wishlist": 1.0,
-    "add_to_cart": 1.5,
-    "begin_checkout": 1.5,
-    "purchase": 2.0,
-    "like": 1.5,
-}
+INTEREST = {kind.name.lower(): float(STRENGTH[kind]) for kind in EventType if STRENGTH[kind]}
+"""By event type, as anchors want it: the strengths that the models themselves are fitted with."""
 
 K: Mapping[str, int] = {
     "history": 100,
@@ -206,9 +198,9 @@ def _decayed(
 ) -> npt.NDArray[np.float64]:
     """How much each item is wanted, old events counting less; each user counts once an item and kind."""
     user, row, ts, kind = interactions
-    weight_by_kind = np.zeros(256)
-    for name, weight in INTEREST.items():
-        weight_by_kind[EventType[name.upper()]] = weight if EventType[name.upper()] not in VIEWS else weight / 10
+    weight_by_kind = STRENGTH.astype(np.float64)
+    # Many look, few want: views are left to break ties.
+    weight_by_kind[list(VIEWS)] /= 10
     _, last = np.unique(np.stack([user.astype(np.int64), row, kind])[:, ::-1], axis=1, return_index=True)
     chosen = len(user) - 1 - last
     age_days = (now_ms - ts[chosen]) / MS_PER_DAY

@@ -14,6 +14,7 @@ from app.catalog import pack_strings
 from app.engine.batch import MS_PER_DAY
 from app.state.events import Events, EventType, item_key
 from models.data.log import Log
+from models.recall import Interactions
 from models.recall.discovery import first_times
 
 STATISTICS = (
@@ -146,9 +147,8 @@ def _discoveries(
 ) -> npt.NDArray[np.float64]:
     """Returning users who wanted the item for the first time in the last 28 days, those of the last 7 counted twice."""
     known = row >= 0
-    _, rows, age_days, returning = first_times(
-        user[known], row[known].astype(np.int32), events["ts"][known], events["type"][known], size, cut_ms
-    )
+    past = Interactions(user[known], row[known].astype(np.int32), events["ts"][known], events["type"][known], size)
+    _, rows, age_days, returning = first_times(past, cut_ms)
     weight = returning * ((age_days <= 28).astype(np.float64) + (age_days <= 7))
     return np.bincount(rows, weight, minlength=size).astype(np.float64)
 

@@ -21,7 +21,7 @@ from app.state.events import EventType
 from models.catalog import STATISTICS, VIEWS, Items, columns, listed
 from models.data import DataError, Tables
 from models.data.log import Log
-from models.recall import STRENGTH, Neighbours, content, discovery, ease, item_cf, two_tower
+from models.recall import STRENGTH, Interactions, Neighbours, content, discovery, ease, item_cf, two_tower
 from models.recall.index import build_index
 
 WINDOW = 256
@@ -78,13 +78,14 @@ def fit(folder: Path, tables: Tables, log: Log, cut_ms: int, seed: int, progress
     draft.save("catalog.safetensors", tensors)
     known = items.rows(past.events["item"])
     kept = known >= 0
-    interactions = (
+    before = Interactions(
         past.user[kept],
         known[kept].astype(np.int32),
         past.events["ts"][kept],
         past.events["type"][kept],
+        len(items.key),
     )
-    if not STRENGTH[interactions[3]].any():
+    if not STRENGTH[before.kind].any():
         raise DataError("no event before the first cut says what anybody wants: there is nothing to learn from")
     seconds: dict[str, float] = {}
     losses: dict[str, list[tuple[float, float]]] = {}
@@ -98,24 +99,24 @@ def fit(folder: Path, tables: Tables, log: Log, cut_ms: int, seed: int, progress
     _neighbours(draft, "history", own, Anchors(weights=INTEREST, half_life_days=90, limit=WINDOW))
 
     done = timed("ease")
-    if (table := ease.fit(*interactions, n_items=len(items.key), now_ms=cut_ms)) is not None:
+    if (table := ease.fit(before, now_ms=cut_ms)) is not None:
         _neighbours(draft, "ease", table, Anchors(weights=INTEREST, half_life_days=60, limit=64))
     done()
     done = timed("discovery")
-    table = discovery.fit(*interactions, n_items=len(items.key), now_ms=cut_ms, k=NEIGHBOURS)
+    table = discovery.fit(before, now_ms=cut_ms, k=NEIGHBOURS)
     _neighbours(draft, "discovery", table, Anchors(weights=INTEREST, half_life_days=365, limit=64))
     done()
     done = timed("item_cf")
-    table = item_cf.fit(*interactions, n_items=len(items.key), k=NEIGHBOURS)
+    table = item_cf.fit(before, k=NEIGHBOURS)
     _neighbours(draft, "item_cf", table, Anchors(weights=INTEREST, half_life_days=30, limit=32))
     # The same table asked about the last hours alone: what the shopper is after right now.
     _neighbours(draft, "session", table, Anchors(weights=INTEREST, half_life_days=0.25, limit=8), shared="item_cf")
     done()
 
     done = timed("two_tower")
-    if len(interactions[0]) >= TOWERS_FROM:
+    if len(before.user) >= TOWERS_FROM:
         towers = two_tower.fit(
-            *interactions,
+            before,
             features=content.features(items.frame),
             profiles=past.profiles,
             seed=seed,
@@ -132,8 +133,8 @@ def fit(folder: Path, tables: Tables, log: Log, cut_ms: int, seed: int, progress
     _neighbours(draft, "content", table, Anchors(weights=INTEREST, half_life_days=7, limit=16))
     done()
 
-    _list(draft, "trending", _decayed(interactions, len(items.key), cut_ms, half_life_days=5.0))
-    _list(draft, "popular", _decayed(interactions, len(items.key), cut_ms, half_life_days=365.0))
+    _list(draft, "trending", _decayed(before, cut_ms, half_life_days=5.0))
+    _list(draft, "popular", _decayed(before, cut_ms, half_life_days=365.0))
     _list(draft, "new", items.created_ms / MS_PER_DAY)
     draft.scenes = scenes([source.name for source in draft.sources])
     return Fitted(draft, items, losses, seconds)
@@ -190,14 +191,9 @@ def _vectors(draft: Draft, name: str, towers: two_tower.TwoTower, seed: int) -> 
     )
 
 
-def _decayed(
-    interactions: tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.int64], npt.NDArray[np.uint8]],
-    size: int,
-    now_ms: int,
-    half_life_days: float,
-) -> npt.NDArray[np.float64]:
+def _decayed(past: Interactions, now_ms: int, half_life_days: float) -> npt.NDArray[np.float64]:
     """How much each item is wanted, old events counting less; each user counts once an item and kind."""
-    user, row, ts, kind = interactions
+    user, row, ts, kind, size = past
     weight_by_kind = STRENGTH.astype(np.float64)
     # Many look, few want: views are left to break ties.
     weight_by_kind[list(VIEWS)] /= 10

@@ -10,7 +10,7 @@ from app.scenes import Scene, SceneSource
 from models.catalog import STATISTICS, columns, listed
 from models.data import Tables
 from models.data.log import Log
-from models.recall import Neighbours, item_cf
+from models.recall import Interactions, Neighbours, item_cf
 from models.sources import INTEREST, WINDOW
 
 
@@ -24,14 +24,10 @@ def write_quick(folder: Path, version: str, tables: Tables, cut_ms: int) -> Bund
     draft.save("catalog.safetensors", tensors)
     row = items.rows(past.events["item"])
     known = row >= 0
-    near = item_cf.fit(
-        past.user[known],
-        row[known].astype(np.int32),
-        past.events["ts"][known],
-        past.events["type"][known],
-        n_items=size,
-        k=20,
+    before = Interactions(
+        past.user[known], row[known].astype(np.int32), past.events["ts"][known], past.events["type"][known], size
     )
+    near = item_cf.fit(before, k=20)
     own = Neighbours(np.arange(size, dtype=np.int32)[:, None], np.ones((size, 1), np.float32))
     for name, table, half_life_days in (("history", own, 90.0), ("item_cf", near, 30.0)):
         file = draft.save(

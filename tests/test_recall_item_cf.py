@@ -13,7 +13,7 @@ from models.catalog import listed
 from models.data import online_retail
 from models.data.log import Log
 from models.data.times import instant_ms
-from models.recall import STRENGTH, Neighbours, item_cf
+from models.recall import STRENGTH, Interactions, Neighbours, item_cf
 
 DAY_MS = 86_400_000
 
@@ -24,15 +24,8 @@ def fit(interactions: list[Interaction], n_items: int, **options: float) -> Neig
     """Of (user, row, day, type), in any order."""
     ordered = sorted(interactions, key=lambda one: (one[0], one[2]))
     user, row, day, kind = (np.array([one[column] for one in ordered], np.int64) for column in range(4))
-    return item_cf.fit(
-        user.astype(np.int32),
-        row.astype(np.int32),
-        day * DAY_MS,
-        kind.astype(np.uint8),
-        n_items=n_items,
-        k=int(options.pop("k", 5)),
-        **options,
-    )
+    past = Interactions(user.astype(np.int32), row.astype(np.int32), day * DAY_MS, kind.astype(np.uint8), n_items)
+    return item_cf.fit(past, k=int(options.pop("k", 5)), **options)
 
 
 def bought(*pairs: tuple[int, int], day: int = 0) -> list[Interaction]:
@@ -121,7 +114,9 @@ def test_beats_itemknn_on_online_retail() -> None:
         return (sp.csr_matrix((np.ones(kept.sum()), (part.user[kept], row[kept])), shape=shape) > 0).astype(np.float32)
 
     row = items.rows(past.events["item"])
-    near = item_cf.fit(past.user, row.astype(np.int32), past.events["ts"], past.events["type"], n_items=len(items.key))
+    near = item_cf.fit(
+        Interactions(past.user, row.astype(np.int32), past.events["ts"], past.events["type"], len(items.key))
+    )
     history, wanted = pairs(past), pairs(future)
     users = np.flatnonzero((np.diff(history.indptr) > 0) & (np.diff(wanted.indptr) > 0))
     seen, relevant = history[users].toarray() > 0, wanted[users].toarray() > 0

@@ -10,14 +10,12 @@ from torch import Tensor
 
 from app.engine.program import load_program, save_program
 from app.state.events import EventType
-from models.recall import two_tower
+from models.recall import Interactions, two_tower
 from models.recall.two_tower import TwoTower, _Moments
 
 HOUR_MS = 3_600_000
 GROUP = 20
 """Items of one group; the last of each group nobody has touched yet."""
-
-Interactions = tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.int64], npt.NDArray[np.uint8]]
 
 
 def checkerboard(users: int = 120, length: int = 12) -> Interactions:
@@ -26,7 +24,7 @@ def checkerboard(users: int = 120, length: int = 12) -> Interactions:
     user = np.repeat(np.arange(users, dtype=np.int32), length)
     row = (rng.integers(0, GROUP - 1, len(user)) + user % 2 * GROUP).astype(np.int32)
     ts_ms = np.tile(np.arange(length) * HOUR_MS, users).astype(np.int64)
-    return user, row, ts_ms, np.full(len(user), EventType.PURCHASE, np.uint8)
+    return Interactions(user, row, ts_ms, np.full(len(user), EventType.PURCHASE, np.uint8), 2 * GROUP)
 
 
 def features() -> npt.NDArray[np.float32]:
@@ -37,7 +35,7 @@ def features() -> npt.NDArray[np.float32]:
 
 
 def fit(seed: int = 0) -> TwoTower:
-    return two_tower.fit(*checkerboard(), features=features(), profiles=[{}] * 120, history=8, seed=seed)
+    return two_tower.fit(checkerboard(), features=features(), profiles=[{}] * 120, history=8, seed=seed)
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +112,7 @@ def test_padding_tells_nothing(towers: TwoTower) -> None:
 def test_losses_are_reported_and_fall(towers: TwoTower) -> None:
     seen: list[tuple[int, float, float]] = []
     again = two_tower.fit(
-        *checkerboard(),
+        checkerboard(),
         features=features(),
         profiles=[{}] * 120,
         history=8,
@@ -146,15 +144,17 @@ def test_the_exported_encoder_is_the_encoder(towers: TwoTower, size: int, tmp_pa
 
 @pytest.mark.parametrize("events", [0, 1])
 def test_too_little_to_learn_from_still_gives_vectors(events: int) -> None:
-    user, row, ts_ms, kind = (column[:events] for column in checkerboard())
-    towers = two_tower.fit(user, row, ts_ms, kind, features=features(), profiles=[{}], history=8)
+    past = checkerboard()
+    towers = two_tower.fit(
+        past.where(np.arange(len(past.user)) < events), features=features(), profiles=[{}], history=8
+    )
     assert np.isfinite(towers.item_vectors).all() and len(towers.item_vectors) == 2 * GROUP
 
 
 def test_impressions_teach_nothing() -> None:
-    user, row, ts_ms, kind = checkerboard()
-    kind[:] = EventType.VIEW_ITEM_LIST
-    towers = two_tower.fit(user, row, ts_ms, kind, features=features(), profiles=[{}] * 120, history=8)
+    past = checkerboard()
+    past.kind[:] = EventType.VIEW_ITEM_LIST
+    towers = two_tower.fit(past, features=features(), profiles=[{}] * 120, history=8)
     assert towers.losses == ()
 
 
@@ -168,7 +168,10 @@ def test_impressions_teach_nothing() -> None:
 def test_history_lies_before_the_targets_and_is_of_the_same_user(events: list[tuple[int, int, int, int]]) -> None:
     ordered = sorted(events, key=lambda event: (event[0], event[2]))
     user, row, hour, kind = (np.array([event[column] for event in ordered]) for column in range(4))
-    moments = _Moments(user.astype(np.int32), row.astype(np.int32), hour * HOUR_MS, kind.astype(np.uint8), history=4)
+    logged = Interactions(
+        user.astype(np.int32), row.astype(np.int32), hour * HOUR_MS, kind.astype(np.uint8), n_items=10
+    )
+    moments = _Moments(logged, history=4)
     everything = torch.arange(len(moments.at))
     past, kinds, ages_s = moments.before(everything)
     wanted, strength = moments.after(everything)

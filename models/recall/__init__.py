@@ -1,8 +1,4 @@
-"""Recall models: arrays in, one of the three artifact kinds out.
-
-Catalog rows are 0..n-1. Interactions come as four arrays of the same length, sorted by (user, time):
-`user` and `row` int32, `ts_ms` int64 (UTC epoch milliseconds), `kind` uint8 (`EventType`).
-"""
+"""Recall models: interactions in, one of the three artifact kinds out."""
 
 from typing import NamedTuple
 
@@ -10,6 +6,22 @@ import numpy as np
 import numpy.typing as npt
 
 from app.state.events import EventType
+
+
+class Interactions(NamedTuple):
+    """What happened before the cut: [E] events of known items, sorted by (user, time)."""
+
+    user: npt.NDArray[np.int32]
+    row: npt.NDArray[np.int32]
+    """Catalog rows, 0..n_items-1."""
+    ts_ms: npt.NDArray[np.int64]
+    """UTC epoch milliseconds."""
+    kind: npt.NDArray[np.uint8]
+    """`EventType`."""
+    n_items: int
+
+    def where(self, mask: npt.NDArray[np.bool_]) -> "Interactions":
+        return Interactions(self.user[mask], self.row[mask], self.ts_ms[mask], self.kind[mask], self.n_items)
 
 
 class Neighbours(NamedTuple):

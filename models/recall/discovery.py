@@ -9,7 +9,7 @@ import numpy.typing as npt
 import scipy.sparse as sp
 
 from app.engine.batch import MS_PER_DAY
-from models.recall import STRENGTH, Neighbours
+from models.recall import STRENGTH, Interactions, Neighbours
 from models.recall.pairs import best_pairs
 
 RECENT_DAYS = 45.0
@@ -18,16 +18,7 @@ SHRINK = 20.0
 DAMPING = 0.3
 
 
-def fit(
-    user: npt.NDArray[np.int32],
-    row: npt.NDArray[np.int32],
-    ts_ms: npt.NDArray[np.int64],
-    kind: npt.NDArray[np.uint8],
-    *,
-    n_items: int,
-    now_ms: int,
-    k: int = 100,
-) -> Neighbours:
+def fit(past: Interactions, *, now_ms: int, k: int = 100) -> Neighbours:
     """For each item the `k` best by weight(i, j) = f(i, j) / (owners of i + 20) / f(j) ** 0.3.
 
     f(j) are the decayed first times of j, f(i, j) those among people who have i.
@@ -35,7 +26,8 @@ def fit(
     A first time counts if its user had been there on an earlier day: a newcomer's first basket is all
     first times and says nothing of what they will want next.
     """
-    owner, item, age_days, returning = first_times(user, row, ts_ms, kind, n_items, now_ms)
+    owner, item, age_days, returning = first_times(past, now_ms)
+    n_items = past.n_items
     if not len(owner):
         return Neighbours(np.full((n_items, k), -1, np.int32), np.zeros((n_items, k), np.float32))
     shape = (int(owner.max()) + 1, n_items)
@@ -51,18 +43,13 @@ def fit(
 
 
 def first_times(
-    user: npt.NDArray[np.int32],
-    row: npt.NDArray[np.int32],
-    ts_ms: npt.NDArray[np.int64],
-    kind: npt.NDArray[np.uint8],
-    n_items: int,
-    now_ms: int,
+    past: Interactions, now_ms: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
     """User, row and age in days of each pair's first event of the strongest kind there is; whether they returned."""
-    strength = STRENGTH[kind]
+    strength = STRENGTH[past.kind]
     strong = strength == strength.max(initial=0.0)
     strong &= strength > 0
-    user, row, ts_ms = user[strong], row[strong], ts_ms[strong]
+    user, row, ts_ms, _, n_items = past.where(strong)
     order = np.argsort(ts_ms, kind="stable")
     pair, first = np.unique(user[order].astype(np.int64) * n_items + row[order], return_index=True)
     age_days = (now_ms - ts_ms[order][first]) / MS_PER_DAY

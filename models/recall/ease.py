@@ -1,13 +1,12 @@
 """EASE: item-to-item weights in closed form (Steck, WWW 2019), here with time decay."""
 
 import numpy as np
-import numpy.typing as npt
 import scipy.sparse as sp
 from scipy.linalg import lapack
 
 from app.engine.batch import MS_PER_DAY
 from app.state.events import EventType
-from models.recall import Neighbours
+from models.recall import Interactions, Neighbours
 
 LARGEST = 12_000
 """Items up to which the dense solve fits: three float32 matrices of n * n, 1.7 GB at 12,000."""
@@ -22,12 +21,8 @@ WEIGHTS = {
 
 
 def fit(
-    user: npt.NDArray[np.int32],
-    row: npt.NDArray[np.int32],
-    ts_ms: npt.NDArray[np.int64],
-    kind: npt.NDArray[np.uint8],
+    past: Interactions,
     *,
-    n_items: int,
     now_ms: int,
     k: int = 100,
     half_life_days: float = 20.0,
@@ -38,6 +33,7 @@ def fit(
     B = I - P / diag(P) with P = (X'X + ridge I)^-1, where X holds min(1, sum of decayed event weights);
     row i of the table is what having item i says of every other.
     """
+    user, row, ts_ms, kind, n_items = past
     if n_items > LARGEST:
         return None
     by_kind = np.zeros(256)

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import scipy.sparse as sp
 
 from app.engine.batch import MS_PER_DAY
-from models.recall import STRENGTH, Neighbours
+from models.recall import STRENGTH, Interactions, Neighbours
 from models.recall.pairs import best_pairs
 
 LONGEST = 500
@@ -19,12 +19,8 @@ OLDEST_HALF_LIVES = 30.0
 
 
 def fit(
-    user: npt.NDArray[np.int32],
-    row: npt.NDArray[np.int32],
-    ts_ms: npt.NDArray[np.int64],
-    kind: npt.NDArray[np.uint8],
+    past: Interactions,
     *,
-    n_items: int,
     k: int = 50,
     half_life_days: float = 30.0,
     damping: float = 0.7,
@@ -37,7 +33,7 @@ def fit(
     shrink * mean g[i, i]). Damping 1 is the share of i's users, which favours popular j; 0.5 is the
     cosine. The defaults were chosen on Online Retail, cut a month before its test window.
     """
-    matrix = user_items(user, row, ts_ms, kind, n_items, half_life_days)
+    matrix = user_items(past, half_life_days)
     by_item = matrix.T.tocsr()
     strength = np.asarray(by_item.multiply(by_item).sum(1)).ravel()
     floor = shrink * strength[strength > 0].mean() if strength.any() else 0.0
@@ -55,17 +51,9 @@ def fit(
     return near
 
 
-def user_items(
-    user: npt.NDArray[np.int32],
-    row: npt.NDArray[np.int32],
-    ts_ms: npt.NDArray[np.int64],
-    kind: npt.NDArray[np.uint8],
-    n_items: int,
-    half_life_days: float,
-) -> sp.csr_matrix:
+def user_items(past: Interactions, half_life_days: float) -> sp.csr_matrix:
     """x, float32 [users, n_items]."""
-    counted = STRENGTH[kind] > 0
-    user, row, ts_ms, kind = user[counted], row[counted], ts_ms[counted], kind[counted]
+    user, row, ts_ms, kind, n_items = past.where(STRENGTH[past.kind] > 0)
     if not len(user):
         return sp.csr_matrix((1, n_items), dtype=np.float32)
     half_lives = (ts_ms.max() - ts_ms) / MS_PER_DAY / half_life_days

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from app.engine.batch import MS_PER_DAY, PROFILE_BUCKETS, profile_codes
 from app.state.events import FOLDED
-from models.recall import STRENGTH
+from models.recall import STRENGTH, Interactions
 from models.recall.item_cf import user_items
 
 WIDTH = 64
@@ -148,14 +148,8 @@ class _Moments:
     Lines of one basket share their time and so are one moment: none of them is another's history.
     """
 
-    def __init__(
-        self,
-        user: npt.NDArray[np.int32],
-        row: npt.NDArray[np.int32],
-        ts_ms: npt.NDArray[np.int64],
-        kind: npt.NDArray[np.uint8],
-        history: int,
-    ) -> None:
+    def __init__(self, past: Interactions, history: int) -> None:
+        user, row, ts_ms, kind, _ = past
         first = np.ones(len(user), bool)
         first[1:] = user[1:] != user[:-1]
         later = first.copy()
@@ -201,10 +195,7 @@ class _Moments:
 
 
 def fit(
-    user: npt.NDArray[np.int32],
-    row: npt.NDArray[np.int32],
-    ts_ms: npt.NDArray[np.int64],
-    kind: npt.NDArray[np.uint8],
+    past: Interactions,
     *,
     features: npt.NDArray[np.float32],
     profiles: Sequence[Mapping[str, str]],
@@ -220,24 +211,22 @@ def fit(
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    n_items = len(features)
+    n_items = past.n_items
     # The service keeps no other events, so the encoder must not learn from them either.
-    kept = np.isin(kind, list(FOLDED))
-    user, row, ts_ms, kind = user[kept], row[kept], ts_ms[kept], kind[kept]
-    moments = _Moments(user, row, ts_ms, kind, history)
+    past = past.where(np.isin(past.kind, list(FOLDED)))
+    moments = _Moments(past, history)
     held = np.zeros(len(profiles), bool)
     people = rng.permutation(np.unique(moments.user))
     held[people[: int(HELD_OUT * len(people))]] = True
 
     # The start must not know the held-out users, or validation would find it better than it is.
-    open_ = ~held[user]
-    start = _spectral(user[open_], row[open_], ts_ms[open_], kind[open_], n_items, rng)
-    known = torch.from_numpy((np.bincount(row, minlength=n_items) >= FEWEST).astype(np.float32))
+    start = _spectral(past.where(~held[past.user]), rng)
+    known = torch.from_numpy((np.bincount(past.row, minlength=n_items) >= FEWEST).astype(np.float32))
     items, users = ItemTower(torch.from_numpy(start), torch.from_numpy(features), known), UserTower()
     losses: list[tuple[float, float]] = []
     if len(moments.at):
         codes = torch.tensor([profile_codes(attributes, profile) for attributes in profiles])
-        _train(items, users, moments, held, codes, _now(row, ts_ms, kind, n_items), rng, losses, on_epoch)
+        _train(items, users, moments, held, codes, _now(past), rng, losses, on_epoch)
     with torch.inference_mode():
         vectors = torch.cat([items(rows) for rows in torch.split(torch.arange(n_items), 65_536)])
     return TwoTower(vectors.numpy(), users.eval(), tuple(losses), history, profile)
@@ -335,24 +324,17 @@ def _targeted(moments: _Moments, train: Tensor, chance: Tensor, n_items: int) ->
     return total / total.sum()
 
 
-def _now(row: npt.NDArray[np.int32], ts_ms: npt.NDArray[np.int64], kind: npt.NDArray[np.uint8], n_items: int) -> Tensor:
+def _now(past: Interactions) -> Tensor:
     """float32 [n]: the share of each item in what is wanted now."""
-    age_days = (ts_ms.max() - ts_ms) / MS_PER_DAY
-    total = np.bincount(row, STRENGTH[kind] * np.exp2(-age_days / NOW_DAYS), minlength=n_items)
+    age_days = (past.ts_ms.max() - past.ts_ms) / MS_PER_DAY
+    total = np.bincount(past.row, STRENGTH[past.kind] * np.exp2(-age_days / NOW_DAYS), minlength=past.n_items)
     return torch.from_numpy(total / max(total.sum(), 1e-12)).float()
 
 
-def _spectral(
-    user: npt.NDArray[np.int32],
-    row: npt.NDArray[np.int32],
-    ts_ms: npt.NDArray[np.int64],
-    kind: npt.NDArray[np.uint8],
-    n_items: int,
-    rng: np.random.Generator,
-) -> npt.NDArray[np.float32]:
+def _spectral(past: Interactions, rng: np.random.Generator) -> npt.NDArray[np.float32]:
     """[n, 64] of mean square length 1: the leading right singular vectors of the user-item matrix, items damped
     by the root of their strength, each vector times the root of its singular value."""
-    matrix = user_items(user, row, ts_ms, kind, n_items, HALF_LIFE_DAYS)
+    matrix, n_items = user_items(past, HALF_LIFE_DAYS), past.n_items
     if not matrix.nnz:
         return np.zeros((n_items, WIDTH), np.float32)
     strength = np.asarray(matrix.multiply(matrix).sum(0)).ravel()

@@ -21,7 +21,7 @@ from app.state.events import EventType
 from models.catalog import STATISTICS, VIEWS, Items, columns, listed
 from models.data import DataError, Tables
 from models.data.log import Log
-from models.recall import STRENGTH, Interactions, Neighbours, content, discovery, ease, item_cf, two_tower
+from models.recall import STRENGTH, Interactions, Neighbours, Vectors, content, discovery, ease, item_cf, two_tower
 from models.recall.index import build_index
 
 WINDOW = 256
@@ -174,8 +174,8 @@ def _list(draft: Draft, name: str, score: npt.NDArray[np.float64]) -> None:
     draft.sources.append(ListSpec(name=name, rows=draft.save(f"{name}.safetensors", tensors)))
 
 
-def _vectors(draft: Draft, name: str, towers: two_tower.TwoTower, seed: int) -> None:
-    vectors = np.ascontiguousarray(towers.item_vectors, np.float32)
+def _vectors(draft: Draft, name: str, towers: Vectors, seed: int) -> None:
+    vectors = np.ascontiguousarray(towers.items, np.float32)
     kind, recall = build_index(vectors, vectors, draft.path / f"{name}.faiss", seed)
     draft.sources.append(
         VectorSpec(

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from app.engine.program import load_program, save_program
 from app.state.events import EventType
-from models.recall import Interactions, two_tower
-from models.recall.two_tower import TwoTower, _Moments
+from models.recall import Interactions, Vectors, two_tower
+from models.recall.two_tower import _Moments
 
 HOUR_MS = 3_600_000
 GROUP = 20
@@ -34,16 +34,16 @@ def features() -> npt.NDArray[np.float32]:
     return noise.astype(np.float32)
 
 
-def fit(seed: int = 0) -> TwoTower:
+def fit(seed: int = 0) -> Vectors:
     return two_tower.fit(checkerboard(), features=features(), profiles=[{}] * 120, history=8, seed=seed)
 
 
 @pytest.fixture(scope="module")
-def towers() -> TwoTower:
+def towers() -> Vectors:
     return fit()
 
 
-def inputs(rows: list[list[int]], towers: TwoTower) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def inputs(rows: list[list[int]], towers: Vectors) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Histories of purchases, an hour apart, the last an hour ago."""
     shape = (len(rows), towers.history)
     history, kinds, ages_s = (
@@ -53,26 +53,26 @@ def inputs(rows: list[list[int]], towers: TwoTower) -> tuple[Tensor, Tensor, Ten
     )
     for index, of_user in enumerate(rows):
         for place, row in enumerate(reversed(of_user[-towers.history :])):
-            history[index, -1 - place] = torch.from_numpy(towers.item_vectors[row])
+            history[index, -1 - place] = torch.from_numpy(towers.items[row])
             kinds[index, -1 - place] = EventType.PURCHASE
             ages_s[index, -1 - place] = 3600.0 * (place + 1)
     return history, kinds, ages_s, torch.zeros(len(rows), towers.profile, dtype=torch.int64)
 
 
-def scores(rows: list[list[int]], towers: TwoTower) -> npt.NDArray[np.float32]:
+def scores(rows: list[list[int]], towers: Vectors) -> npt.NDArray[np.float32]:
     with torch.inference_mode():
         users: npt.NDArray[np.float32] = towers.encoder(*inputs(rows, towers)).numpy()
-    return users @ towers.item_vectors.T
+    return users @ towers.items.T
 
 
-def test_users_get_the_items_of_their_group(towers: TwoTower) -> None:
+def test_users_get_the_items_of_their_group(towers: Vectors) -> None:
     found = scores([[1, 2, 3], [GROUP + 1, GROUP + 2, GROUP + 3]], towers)
     best = np.argsort(-found, axis=1)[:, : GROUP - 1]
     assert (best[0] < GROUP).all()
     assert (best[1] >= GROUP).all()
 
 
-def test_an_item_nobody_touched_is_found_by_its_content(towers: TwoTower) -> None:
+def test_an_item_nobody_touched_is_found_by_its_content(towers: Vectors) -> None:
     first, second = GROUP - 1, 2 * GROUP - 1
     found = scores([[1, 2, 3], [GROUP + 1, GROUP + 2, GROUP + 3]], towers)
     others = np.delete(np.arange(2 * GROUP), [first, second])
@@ -80,9 +80,9 @@ def test_an_item_nobody_touched_is_found_by_its_content(towers: TwoTower) -> Non
     assert found[1, second] > found[1, others[others < GROUP]].max() and found[1, second] > found[1, first]
 
 
-def test_vectors_have_the_promised_shape_and_length(towers: TwoTower) -> None:
-    assert towers.item_vectors.shape == (2 * GROUP, 64) and towers.item_vectors.dtype == np.float32
-    np.testing.assert_allclose(np.linalg.norm(towers.item_vectors, axis=1), 1.0, atol=1e-5)
+def test_vectors_have_the_promised_shape_and_length(towers: Vectors) -> None:
+    assert towers.items.shape == (2 * GROUP, 64) and towers.items.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(towers.items, axis=1), 1.0, atol=1e-5)
     with torch.inference_mode():
         users = towers.encoder(*inputs([[1], [2, 3, GROUP]], towers))
     torch.testing.assert_close(
@@ -90,11 +90,11 @@ def test_vectors_have_the_promised_shape_and_length(towers: TwoTower) -> None:
     )
 
 
-def test_a_user_without_history_has_a_vector(towers: TwoTower) -> None:
+def test_a_user_without_history_has_a_vector(towers: Vectors) -> None:
     assert np.isfinite(scores([[]], towers)).all()
 
 
-def test_padding_tells_nothing(towers: TwoTower) -> None:
+def test_padding_tells_nothing(towers: Vectors) -> None:
     history, kinds, ages_s, profile = inputs([[1, 2, 3]], towers)
     with torch.inference_mode():
         expected = towers.encoder(history, kinds, ages_s, profile)
@@ -109,7 +109,7 @@ def test_padding_tells_nothing(towers: TwoTower) -> None:
             torch.testing.assert_close(towers.encoder(*wider, profile), expected)
 
 
-def test_losses_are_reported_and_fall(towers: TwoTower) -> None:
+def test_losses_are_reported_and_fall(towers: Vectors) -> None:
     seen: list[tuple[int, float, float]] = []
     again = two_tower.fit(
         checkerboard(),
@@ -123,17 +123,17 @@ def test_losses_are_reported_and_fall(towers: TwoTower) -> None:
     assert again.losses[-1][0] < again.losses[0][0]
 
 
-def test_a_seed_gives_the_same_network(towers: TwoTower) -> None:
+def test_a_seed_gives_the_same_network(towers: Vectors) -> None:
     again, other = fit(), fit(seed=1)
-    np.testing.assert_array_equal(again.item_vectors, towers.item_vectors)
+    np.testing.assert_array_equal(again.items, towers.items)
     for name, value in towers.encoder.state_dict().items():
         assert torch.equal(again.encoder.state_dict()[name], value)
     assert again.losses == towers.losses
-    assert not np.array_equal(other.item_vectors, towers.item_vectors)
+    assert not np.array_equal(other.items, towers.items)
 
 
 @pytest.mark.parametrize("size", [1, 2, 33])
-def test_the_exported_encoder_is_the_encoder(towers: TwoTower, size: int, tmp_path: Path) -> None:
+def test_the_exported_encoder_is_the_encoder(towers: Vectors, size: int, tmp_path: Path) -> None:
     path = tmp_path / "encoder.pt2"
     save_program(towers.export(), path)
     rows = [[index % 40, (index * 7) % 40][: index % 3] for index in range(size)]
@@ -148,7 +148,7 @@ def test_too_little_to_learn_from_still_gives_vectors(events: int) -> None:
     towers = two_tower.fit(
         past.where(np.arange(len(past.user)) < events), features=features(), profiles=[{}], history=8
     )
-    assert np.isfinite(towers.item_vectors).all() and len(towers.item_vectors) == 2 * GROUP
+    assert np.isfinite(towers.items).all() and len(towers.items) == 2 * GROUP
 
 
 def test_impressions_teach_nothing() -> None:

@@ -1,9 +1,12 @@
 """Recall models: interactions in, one of the three artifact kinds out."""
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import nn
 
 from app.state.events import EventType
 
@@ -31,6 +34,36 @@ class Neighbours(NamedTuple):
     """[n, K]."""
     weights: npt.NDArray[np.float32]
     """[n, K]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Vectors:
+    """A user encoder and item vectors; the score of an item is the dot product of user and item vector."""
+
+    items: npt.NDArray[np.float32]
+    """[n, d]."""
+    encoder: nn.Module
+    """`forward(history, kinds, ages_s, profile) -> [B, d]`, exportable at any B; see `app.bundle.VectorSpec`."""
+    history: int
+    """L: events that the encoder reads."""
+    profile: int = 1
+    """P: profile attributes that the encoder reads."""
+    inputs: npt.NDArray[np.float32] | None = None
+    """[n, c]: what `history` holds of each item, where that is not its own vector."""
+    losses: tuple[tuple[float, float], ...] = ()
+    """Training and validation loss of each epoch; empty where nothing was learned by gradient."""
+
+    def export(self) -> torch.export.ExportedProgram:
+        """The encoder for batches of any size, 1 included."""
+        width = (self.items if self.inputs is None else self.inputs).shape[1]
+        inputs = (
+            torch.zeros(2, self.history, width),
+            torch.zeros(2, self.history, dtype=torch.int64),
+            torch.zeros(2, self.history),
+            torch.zeros(2, self.profile, dtype=torch.int64),
+        )
+        batch = torch.export.Dim("batch", min=1)
+        return torch.export.export(self.encoder, inputs, dynamic_shapes=({0: batch},) * len(inputs))
 
 
 STRENGTH = np.zeros(256, np.float32)

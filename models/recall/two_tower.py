@@ -14,7 +14,6 @@ log(popularity among targets / popularity now), so that the score alone carries 
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 
 from app.engine.batch import MS_PER_DAY, PROFILE_BUCKETS, profile_codes
 from app.state.events import FOLDED
-from models.recall import STRENGTH, Interactions
+from models.recall import STRENGTH, Interactions, Vectors
 from models.recall.item_cf import user_items
 
 WIDTH = 64
@@ -116,32 +115,6 @@ class ItemTower(nn.Module):
         return F.normalize(self.id(rows) * known[:, None] + self.content(self.features[rows]), dim=1)
 
 
-@dataclass(frozen=True, slots=True)
-class TwoTower:
-    """A fitted network; the score of an item is the dot product of user and item vector."""
-
-    item_vectors: npt.NDArray[np.float32]
-    """[n, 64], of length 1."""
-    encoder: UserTower
-    losses: tuple[tuple[float, float], ...]
-    """Training and validation loss of each epoch; empty where there was nothing to learn from."""
-    history: int
-    """L: events that the encoder reads."""
-    profile: int
-    """P: profile attributes that the encoder reads."""
-
-    def export(self) -> torch.export.ExportedProgram:
-        """The encoder for batches of any size, 1 included."""
-        inputs = (
-            torch.zeros(2, self.history, WIDTH),
-            torch.zeros(2, self.history, dtype=torch.int64),
-            torch.zeros(2, self.history),
-            torch.zeros(2, self.profile, dtype=torch.int64),
-        )
-        batch = torch.export.Dim("batch", min=1)
-        return torch.export.export(self.encoder, inputs, dynamic_shapes=({0: batch},) * len(inputs))
-
-
 class _Moments:
     """Times of which something can be learned: before each event that is later than the one before it.
 
@@ -203,7 +176,7 @@ def fit(
     profile: int = 8,
     seed: int = 0,
     on_epoch: Callable[[int, float, float], None] = lambda epoch, train, valid: None,
-) -> TwoTower:
+) -> Vectors:
     """Trains until the loss on held-out users stops falling, and keeps the best epoch.
 
     `features` [n, d] are of the items (`content.features`), `profiles` of the users by number. The same
@@ -229,7 +202,7 @@ def fit(
         _train(items, users, moments, held, codes, _now(past), rng, losses, on_epoch)
     with torch.inference_mode():
         vectors = torch.cat([items(rows) for rows in torch.split(torch.arange(n_items), 65_536)])
-    return TwoTower(vectors.numpy(), users.eval(), tuple(losses), history, profile)
+    return Vectors(vectors.numpy(), users.eval(), history, profile, losses=tuple(losses))
 
 
 def _train(

@@ -49,7 +49,7 @@ from app.state.events import ALIASES, EVENT, UserState, fold, item_key, records
 from app.state.store import Store
 from models.catalog import STATISTICS
 from models.ranking import mlp
-from models.recall import ease, two_tower
+from models.recall import Vectors, ease, two_tower
 from models.recall.index import build_index
 from models.recall.two_tower import WIDTH
 from models.sources import INTEREST, LIST_LENGTH, NEIGHBOURS, WINDOW, scenes
@@ -267,7 +267,7 @@ def _nearest(draft: Draft, name: str, centres: torch.Tensor, row: Numbers) -> st
 
 def _towers(draft: Draft, vectors: torch.Tensor, seed: int) -> None:
     kind, recall = build_index(vectors.numpy(), vectors.numpy(), draft.path / "two_tower.faiss", seed)
-    towers = two_tower.TwoTower(vectors.numpy(), two_tower.UserTower().eval(), (), history=64, profile=8)
+    towers = Vectors(vectors.numpy(), two_tower.UserTower().eval(), history=64, profile=8)
     draft.sources.append(
         VectorSpec(
             name="two_tower",

@@ -44,6 +44,7 @@ RUN apt-get update \
     && useradd --system --uid 10001 --create-home --home-dir /var/lib/millirec --shell /usr/sbin/nologin millirec
 ENV PATH=/opt/millirec/bin:$PATH \
     MILLIREC_HOME=/var/lib/millirec \
+    NUMBA_CACHE_DIR=/var/lib/millirec/compiled \
     PYTHONUNBUFFERED=1
 USER 10001
 WORKDIR /var/lib/millirec

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from app.catalog import pack_strings
-from app.engine.batch import MS_PER_DAY
-from app.state.events import Events, EventType, item_key
+from app.state.events import MS_PER_DAY, Events, EventType, item_key
 from models.data.log import Log
 from models.recall import Interactions
 from models.recall.discovery import first_times

@@ -11,10 +11,9 @@ from scipy.sparse import csr_matrix
 
 from app.bundle import Bundle, VectorSpec
 from app.engine import Query
-from app.engine.batch import MS_PER_DAY
 from app.engine.pipeline import Pipeline
 from app.scenes import Fusion, Scene
-from app.state.events import EventType
+from app.state.events import MS_PER_DAY, EventType
 from models import baselines
 from models.catalog import Items, listed
 from models.data import Tables

@@ -14,10 +14,9 @@ import numpy.typing as npt
 import torch
 
 from app.bundle import Anchors, Draft, ListSpec, NeighbourSpec, VectorSpec
-from app.engine.batch import MS_PER_DAY
 from app.engine.program import save_program
 from app.scenes import Scene, SceneSource
-from app.state.events import EventType
+from app.state.events import MS_PER_DAY, EventType
 from models.catalog import STATISTICS, VIEWS, Items, columns, listed
 from models.data import DataError, Tables
 from models.data.log import Log
@@ -29,6 +28,8 @@ WINDOW = 256
 LIST_LENGTH = 300
 TOWERS_FROM = 1_000
 """Events; a network learns nothing from fewer that the other sources do not know."""
+EASE_GB = 0.6
+"""Memory that EASE may take: enough for 12,000 items, a quarter of a minute each time it is fitted."""
 NEIGHBOURS = 32
 """Neighbours an item; the time of a request goes with them, and 50 rank no better."""
 
@@ -99,7 +100,7 @@ def fit(folder: Path, tables: Tables, log: Log, cut_ms: int, seed: int, progress
     _neighbours(draft, "history", own, Anchors(weights=INTEREST, half_life_days=90, limit=WINDOW))
 
     done = timed("ease")
-    if (table := ease.fit(before, now_ms=cut_ms)) is not None:
+    if (table := ease.fit(before, now_ms=cut_ms, memory_gb=EASE_GB)) is not None:
         _neighbours(draft, "ease", table, Anchors(weights=INTEREST, half_life_days=60, limit=64))
     done()
     done = timed("discovery")

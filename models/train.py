@@ -19,14 +19,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from app.bundle import Bundle, RankerSpec, publish, seal
+from app.bundle import Bundle, publish, seal
 from app.engine import Query
-from app.engine.batch import MS_PER_DAY
 from app.engine.features import feature_names
 from app.engine.pipeline import Pipeline
 from app.engine.recorded import record
 from app.scenes import Scene
-from app.state.events import EventType
+from app.state.events import MS_PER_DAY, EventType
 from models.catalog import Items
 from models.data import DataError, Tables
 from models.data.log import Log
@@ -221,8 +220,7 @@ def _with_rankers(fitted: Fitted, rankers: Mapping[str, mlp.Mlp]) -> None:
     for name, ranker in rankers.items():
         scene = draft.scenes[name]
         features = feature_names([source.name for source in scene.sources], draft.statistics)
-        program = mlp.export(ranker, len(features), draft.path / f"ranker_{name}.pt2")
-        draft.rankers.append(RankerSpec(name=name, program=program, features=features))
+        mlp.export(ranker, name, features, draft)
         draft.scenes[name] = scene.model_copy(update={"fusion": "learned", "ranker": name})
 
 

@@ -31,7 +31,8 @@ def write_quick(folder: Path, version: str, tables: Tables, cut_ms: int) -> Bund
     own = Neighbours(np.arange(size, dtype=np.int32)[:, None], np.ones((size, 1), np.float32))
     for name, table, half_life_days in (("history", own, 90.0), ("item_cf", near, 30.0)):
         file = draft.save(
-            f"{name}.safetensors", {"rows": torch.from_numpy(table.rows), "weights": torch.from_numpy(table.weights)}
+            f"{name}.safetensors",
+            {"rows": torch.from_numpy(table.rows), "weights": torch.from_numpy(table.weights).half()},
         )
         anchors = Anchors(weights=INTEREST, half_life_days=half_life_days)
         draft.sources.append(NeighbourSpec(name=name, table=file, anchors=anchors))

@@ -1,7 +1,7 @@
 """Every feature against plain Python over dictionaries, on five items and three shoppers."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ import torch
 
 from app.catalog import Catalog
 from app.engine import Query
-from app.engine.batch import Batch, PairSet, collate
+from app.engine.batch import Batch, PairSet, Scratch, collate
 from app.engine.features import HALF_LIFE_DAYS, INTEREST, NEVER_DAYS, compute, feature_names
 from app.engine.merge import ABSENT, Candidates
 from app.state.events import EVENT, EventType, UserState, event_key, exclusions_of, item_key
@@ -81,13 +81,19 @@ def catalog(tmp_path_factory: pytest.TempPathFactory) -> Catalog:
     return shelf(tmp_path_factory.mktemp("shelf"), list(ITEMS.values()), STATISTICS)
 
 
-def batch_of(catalog: Catalog, shoppers: Sequence[Sequence[Deed]]) -> Batch:
+def batch_of(catalog: Catalog, shoppers: Sequence[Sequence[Deed]], form: str) -> Batch:
     queries = [Query(f"{n}") for n in range(len(shoppers))]
-    return collate(queries, [user_of(deeds) for deeds in shoppers], catalog, 64, NOW_MS)
+    return collate(queries, [user_of(deeds) for deeds in shoppers], catalog, 64, NOW_MS, SCRATCH[form](catalog))
 
 
-def computed(catalog: Catalog) -> list[dict[str, float]]:
-    batch = batch_of(catalog, SHOPPERS)
+SCRATCH: dict[str, Callable[[Catalog], Scratch | PairSet]] = {
+    "compiled": lambda catalog: Scratch(catalog.size),
+    "tensors": lambda catalog: PairSet(len(SHOPPERS), catalog.size, catalog.device),
+}
+
+
+def computed(catalog: Catalog, form: str) -> list[dict[str, float]]:
+    batch = batch_of(catalog, SHOPPERS, form)
     candidates = Candidates(
         torch.tensor([query for query, *_ in PROPOSED]),
         catalog.rows_of([item for _, item, *_ in PROPOSED]),
@@ -95,7 +101,7 @@ def computed(catalog: Catalog) -> list[dict[str, float]]:
         torch.tensor([[float(marks[s][1]) for _, _, *marks in PROPOSED] for s in range(2)]),
         torch.tensor(BEST),
     )
-    features = compute(batch, candidates, catalog, PairSet(len(SHOPPERS), catalog.size, catalog.device))
+    features = compute(batch, candidates, catalog)
     names = feature_names(SOURCES, STATISTICS)
     assert features.dtype is torch.float32
     assert features.shape == (len(PROPOSED), len(names))
@@ -153,9 +159,10 @@ def expected(query: int, item: Item, marks: Sequence[tuple[float, float]]) -> di
     return found
 
 
+@pytest.mark.parametrize("form", SCRATCH)
 @pytest.mark.parametrize("name", feature_names(SOURCES, STATISTICS))
-def test_each_feature_is_what_a_loop_finds(catalog: Catalog, name: str) -> None:
-    found = [row[name] for row in computed(catalog)]
+def test_each_feature_is_what_a_loop_finds(catalog: Catalog, name: str, form: str) -> None:
+    found = [row[name] for row in computed(catalog, form)]
     wanted = [expected(query, ITEMS[item], marks)[name] for query, item, *marks in PROPOSED]
     assert found == pytest.approx(wanted, rel=1e-5, abs=1e-6)
     # An example in which a column is the same for all would prove little.
@@ -166,9 +173,11 @@ def test_names_are_all_there_is(catalog: Catalog) -> None:
     assert set(expected(0, ITEMS["tea"], ((1.0, 0), (1.0, 0)))) == set(feature_names(SOURCES, STATISTICS))
 
 
-def test_some_numbers_by_hand(catalog: Catalog) -> None:
+@pytest.mark.parametrize("form", SCRATCH)
+def test_some_numbers_by_hand(catalog: Catalog, form: str) -> None:
     """A loop may have the same mistake as the vectors; these were worked out on paper."""
-    tea, gift_of_a_stranger = computed(catalog)[0], computed(catalog)[6]
+    rows = computed(catalog, form)
+    tea, gift_of_a_stranger = rows[0], rows[6]
     assert tea["own.views"] == pytest.approx(math.log(3))
     assert tea["own.views.recency"] == pytest.approx(math.log(2))
     assert tea["own.purchases"] == pytest.approx(math.log(3))
@@ -184,12 +193,12 @@ def test_some_numbers_by_hand(catalog: Catalog) -> None:
 
 
 def test_the_future_is_now(catalog: Catalog) -> None:
-    batch = batch_of(catalog, SHOPPERS[2:])
+    batch = batch_of(catalog, SHOPPERS[2:], "compiled")
     assert batch.age_days.tolist() == [0.0, 0.0]
 
 
 def test_the_batch_in_plain_words(catalog: Catalog) -> None:
-    batch = batch_of(catalog, SHOPPERS)
+    batch = batch_of(catalog, SHOPPERS, "compiled")
     kept = [deed for deed in SHOPPERS[0] if deed[0] != "unknown"]
     mine = batch.query == 0
     assert catalog.ids(batch.row[mine].tolist()) == [item for item, *_ in kept]

@@ -19,11 +19,11 @@ ALL = item_ids()
 PRICE = {item: 1.0 + int(item[1:]) for item in ALL}
 
 
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipeline]:
+@pytest.fixture(scope="module", params=[True, False], ids=["compiled", "tensors"])
+def pipeline(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Pipeline]:
     root = tmp_path_factory.mktemp("bundles")
     version = publish_tiny(root).version
-    yield Pipeline(open_bundle(root / version), torch.device("cpu"), 8)
+    yield Pipeline(open_bundle(root / version), torch.device("cpu"), 8, compiled=request.param)
 
 
 def ids(slate: Slate) -> list[str]:

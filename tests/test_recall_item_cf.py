@@ -1,5 +1,6 @@
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,12 +21,12 @@ DAY_MS = 86_400_000
 Interaction = tuple[int, int, int, EventType]
 
 
-def fit(interactions: list[Interaction], n_items: int, **options: float) -> Neighbours:
+def fit(interactions: list[Interaction], n_items: int, **options: Any) -> Neighbours:
     """Of (user, row, day, type), in any order."""
     ordered = sorted(interactions, key=lambda one: (one[0], one[2]))
     user, row, day, kind = (np.array([one[column] for one in ordered], np.int64) for column in range(4))
     past = Interactions(user.astype(np.int32), row.astype(np.int32), day * DAY_MS, kind.astype(np.uint8), n_items)
-    return item_cf.fit(past, k=int(options.pop("k", 5)), **options)
+    return item_cf.fit(past, **{"k": 5} | options)
 
 
 def bought(*pairs: tuple[int, int], day: int = 0) -> list[Interaction]:
@@ -48,6 +49,35 @@ def test_what_was_bought_together_lately_is_nearer() -> None:
 def test_an_item_that_everybody_buys_is_no_sign_of_likeness() -> None:
     pairs = [(u, 2) for u in range(30)] + [(u, i) for u in range(6) for i in (0, 1)]
     assert fit(bought(*pairs), 3, damping=0.5).rows[0, 0] == 1
+
+
+# Two items each: 0 has three users, 1 and 2 have two, 3 has one; g is 2 for every user that two items share.
+FOUR = bought((0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 2), (3, 2), (3, 3))
+
+
+@pytest.mark.parametrize(
+    ("likeness", "damping", "expected"),
+    [
+        ("cosine", 0.5, [[0, 2 / 3, 1 / 3, 0], [1, 0, 0, 0], [(1 / 3) ** 0.5, 0, 0, 1], [0, 0, 1, 0]]),
+        ("jaccard", 0.5, [[0, 2 / 3, 1 / 4, 0], [2 / 3, 0, 0, 0], [1 / 4, 0, 0, 1 / 2], [0, 0, 1 / 2, 0]]),
+        ("conditional", 1.0, [[0, 2 / 3, 1 / 3, 0], [1, 0, 0, 0], [1 / 2, 0, 0, 1 / 2], [0, 0, 1, 0]]),
+        ("conditional", 0.5, [[0, 1 / 3, 1 / 6, 0], [6**-0.5, 0, 0, 0], [24**-0.5, 0, 0, 8**-0.5], [0, 0, 1 / 2, 0]]),
+    ],
+)
+def test_likenesses_known_beforehand(likeness: str, damping: float, expected: list[list[float]]) -> None:
+    dense = _dense(fit(FOUR, 4, likeness=likeness, damping=damping, shrink=0.0))
+    rows = np.array(expected)
+    if likeness == "cosine":
+        rows /= rows.sum(1, keepdims=True)
+    np.testing.assert_allclose(dense, rows, rtol=1e-5)
+
+
+@pytest.mark.parametrize("likeness", ["cosine", "jaccard", "conditional"])
+def test_shrinking_trusts_what_few_did_less(likeness: str) -> None:
+    # Item 1 has all of its one user in common with 0, item 2 four of its five.
+    pairs = [(0, 0), (0, 1), *((u, i) for u in range(1, 5) for i in (0, 2)), (5, 2), (5, 3)]
+    trusting, wary = (_dense(fit(bought(*pairs), 4, likeness=likeness, shrink=s)) for s in (0.0, 3.0))
+    assert wary[1, 0] / wary[2, 0] < trusting[1, 0] / trusting[2, 0]
 
 
 def test_types_count_by_strength_and_dislikes_do_not() -> None:

@@ -88,12 +88,13 @@ def write_tiny(folder: Path, version: str, prefix: str = "", window: int = 64) -
     )
     weights = np.tile(np.linspace(1.0, 0.1, near.shape[1], dtype=np.float32), (len(names), 1))
     table = draft.save(
-        "item_cf.safetensors", {"rows": torch.from_numpy(near.astype(np.int32)), "weights": torch.from_numpy(weights)}
+        "item_cf.safetensors",
+        {"rows": torch.from_numpy(near.astype(np.int32)), "weights": torch.from_numpy(weights).half()},
     )
     anchors = Anchors(weights={"view_item": 1.0, "add_to_cart": 2.0, "purchase": 3.0})
     own = draft.save(
         "history.safetensors",
-        {"rows": torch.arange(len(names), dtype=torch.int32)[:, None], "weights": torch.ones(len(names), 1)},
+        {"rows": torch.arange(len(names), dtype=torch.int32)[:, None], "weights": torch.ones(len(names), 1).half()},
     )
     best = np.argsort(-popularity, kind="stable")
     popular = draft.save(
@@ -119,7 +120,7 @@ def write_tiny(folder: Path, version: str, prefix: str = "", window: int = 64) -
         NeighbourSpec(name="item_cf", table=table, anchors=anchors),
         VectorSpec(
             name="towers",
-            vectors=draft.save("towers.safetensors", {"vectors": torch.from_numpy(vectors)}),
+            vectors=draft.save("towers.safetensors", {"vectors": torch.from_numpy(vectors).half()}),
             index="towers.faiss",
             index_kind="flat",
             index_recall=1.0,

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from app.catalog import NO_ROW, Catalog
 from app.engine import Query
-from app.state.events import EVENT, EXCLUSION, Events, UserState, item_key
+from app.state.events import EVENT, EXCLUSION, MS_PER_DAY, Events, UserState, item_key
 
-MS_PER_DAY = 86_400_000.0
 PROFILE_BUCKETS = 4096
 NAMED = 3
 """The exclusion of one request, beside HIDDEN and BOUGHT."""
@@ -33,6 +32,18 @@ def _profile_code(name: str, value: str) -> int:
     return 1 + int.from_bytes(digest, "little") % (PROFILE_BUCKETS - 1)
 
 
+Pairs = tuple[Tensor, Tensor]
+"""Queries and catalog rows, int64 [M] each."""
+
+
+class Scratch:
+    """What the compiled stages keep of every item, at rest between two queries."""
+
+    def __init__(self, rows: int) -> None:
+        self.total = np.zeros(rows, np.float32)
+        self.index = np.full(rows, -1, np.int32)
+
+
 @dataclass(slots=True)
 class Batch:
     """`size` queries of one scene. Events are flattened: ascending by query, then by time.
@@ -46,6 +57,8 @@ class Batch:
     device: torch.device
     items: int
     """Rows of the catalog."""
+    scratch: "Scratch | PairSet"
+    """Which form the stages take: compiled loops with a `Scratch`, tensor operations with a `PairSet`."""
     query: Tensor
     """int64 [E]: which query the event belongs to."""
     row: Tensor
@@ -79,7 +92,14 @@ class Batch:
         return torch.tensor(hashed, dtype=torch.int64, device=self.device)
 
 
-def collate(queries: Sequence[Query], states: Sequence[UserState], catalog: Catalog, window: int, now_ms: int) -> Batch:
+def collate(
+    queries: Sequence[Query],
+    states: Sequence[UserState],
+    catalog: Catalog,
+    window: int,
+    now_ms: int,
+    scratch: "Scratch | PairSet",
+) -> Batch:
     """The batch of `queries`; `states` are those of their users, in the same order."""
     device, size = catalog.device, len(queries)
     # In numpy: the bytes come from the host, and on arrays this small its calls cost a quarter of torch's.
@@ -111,6 +131,7 @@ def collate(queries: Sequence[Query], states: Sequence[UserState], catalog: Cata
         now_ms=now_ms,
         device=device,
         items=catalog.size,
+        scratch=scratch,
         query=tensor(query),
         row=tensor(row[known]),
         kind=tensor(events["type"][known]),

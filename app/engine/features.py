@@ -8,13 +8,15 @@ import math
 from collections.abc import Sequence
 from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from app.catalog import Catalog
-from app.engine.batch import MS_PER_DAY, Batch, PairSet
+from app.engine import kernels
+from app.engine.batch import Batch, PairSet, Scratch
 from app.engine.merge import Candidates
-from app.state.events import EventType
+from app.state.events import MS_PER_DAY, EventType
 
 INTEREST: dict[EventType, float] = {
     EventType.SELECT_ITEM: 1.0,
@@ -27,8 +29,7 @@ INTEREST: dict[EventType, float] = {
 }
 """How much an event says about the shopper's taste in categories, brands and prices."""
 HALF_LIFE_DAYS = 30.0
-NEVER_DAYS = 1000.0
-"""Stands for 'never' where a feature is a number of days."""
+NEVER_DAYS = float(kernels.NEVER_DAYS)
 
 _OWN = ("views", "carts", "purchases")
 _OWN_OF = {
@@ -59,13 +60,16 @@ def feature_names(sources: Sequence[str], statistics: Sequence[str]) -> tuple[st
     )
 
 
-def compute(batch: Batch, candidates: Candidates, catalog: Catalog, pairs: PairSet) -> Tensor:
-    """float32 [M, F], columns as `feature_names` says; each column lies in one piece."""
+def compute(batch: Batch, candidates: Candidates, catalog: Catalog) -> Tensor:
+    """float32 [M, F], columns as `feature_names` says."""
+    pairs = batch.scratch
+    if isinstance(pairs, Scratch):
+        return _compiled(batch, candidates, catalog, pairs)
     query, row = candidates.query, candidates.row
     user, weight = _user(batch, catalog)
     columns = [
         _sources(candidates),
-        catalog.statistics.index_select(1, row),
+        catalog.statistics.index_select(0, row).t(),
         _item(batch, catalog, row),
         user.index_select(1, query),
         _own(batch, candidates, pairs),
@@ -75,17 +79,43 @@ def compute(batch: Batch, candidates: Candidates, catalog: Catalog, pairs: PairS
     return torch.cat(columns).t()
 
 
+def _compiled(batch: Batch, candidates: Candidates, catalog: Catalog, scratch: Scratch) -> Tensor:
+    interest, own = _by_kind(batch.device)
+    found = kernels.features(
+        candidates.query.numpy(),
+        candidates.row.numpy(),
+        candidates.score.numpy(),
+        candidates.rank.numpy(),
+        candidates.best.numpy(),
+        catalog.records,
+        catalog.no_group.numpy(),
+        catalog.group_count,
+        batch.now_ms / MS_PER_DAY,
+        kernels.starts(batch.query.numpy(), batch.size),
+        batch.row.numpy(),
+        batch.kind.numpy(),
+        batch.age_days.numpy(),
+        batch.quantity.numpy(),
+        interest.numpy(),
+        own.numpy(),
+        np.float32(-math.log(2) / HALF_LIFE_DAYS),
+        int(EventType.PURCHASE),
+        scratch.index,
+    )
+    return torch.from_numpy(found)
+
+
 def _sources(candidates: Candidates) -> Tensor:
     score, rank = candidates.score, candidates.rank
     share = (score / candidates.best.clamp(min=1e-9).index_select(1, candidates.query)).clamp(-1, 1)
     columns = torch.stack([torch.sign(score) * torch.log1p(100.0 * score.abs()), share, 10.0 / (10.0 + rank)], 1)
     agreement = candidates.proposed.sum(0, dtype=torch.float32)
-    return torch.cat([columns.view(-1, score.shape[1]), agreement[None]])
+    return torch.cat([columns.flatten(0, 1), agreement[None]])
 
 
 def _item(batch: Batch, catalog: Catalog, row: Tensor) -> Tensor:
-    age_ms = (batch.now_ms - catalog.created_ms.index_select(0, row)).clamp(min=0)
-    age = torch.log1p((age_ms.double() / MS_PER_DAY).float())
+    created = (catalog.created_ms.index_select(0, row) / MS_PER_DAY).float()
+    age = torch.log1p((batch.now_ms / MS_PER_DAY - created).clamp(min=0))
     return torch.stack([age, catalog.log_price.index_select(0, row)])
 
 
@@ -130,7 +160,7 @@ def _own(batch: Batch, candidates: Candidates, pairs: PairSet) -> Tensor:
     recency.scatter_reduce_(0, cell, batch.age_days.index_select(0, hit), "amin")
     quantity = torch.zeros(groups * size, device=device).index_add_(0, cell, batch.quantity.index_select(0, hit))
     shape = (groups, size)
-    by_group = torch.stack([counts.view(shape)[:_OTHER], recency.view(shape)[:_OTHER]], 1).view(-1, size)
+    by_group = torch.stack([counts.view(shape)[:_OTHER], recency.view(shape)[:_OTHER]], 1).flatten(0, 1)
     return torch.log1p(torch.cat([by_group, quantity.view(shape)[_OTHER - 1 : _OTHER]]))
 
 

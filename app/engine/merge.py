@@ -1,20 +1,19 @@
 """Merge: the union of what the sources propose, one score and one rank column a source."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from app.engine.batch import Batch, PairSet
+from app.catalog import Catalog
+from app.engine import kernels
+from app.engine.batch import Batch, Scratch
+from app.engine.filters import allowed, forbidden
 from app.engine.recall import Recalled, sort_with_position
 
-ABSENT = 10_000.0
-"""The rank of an item in a source that does not propose it."""
-
-
-Pairs = tuple[Tensor, Tensor]
-"""Queries and catalog rows, int64 [M] each."""
+ABSENT = float(kernels.ABSENT)
 
 
 @dataclass(slots=True)
@@ -39,12 +38,16 @@ class Candidates:
 
 
 def merge(
-    batch: Batch, said: Recalled, source: Tensor, ks: Sequence[int], pairs: PairSet, allowed: Callable[[Pairs], Tensor]
+    batch: Batch, said: Recalled, source: Tensor, ks: Sequence[int], repeats: bool, catalog: Catalog
 ) -> Candidates:
-    """The union of the first `ks[s]` items of every source `s`, less what is not `allowed`.
+    """The union of the first `ks[s]` items of every source `s`, less what the filters do not allow.
 
-    What a source ranks deeper only lends its score. `source` int64 [E] is who said what.
+    What a source ranks deeper only lends its score. `source` int64 [E] is who said what. The union is filtered
+    before there are columns to filter.
     """
+    pairs = batch.scratch
+    if isinstance(pairs, Scratch):
+        return _merge_compiled(batch, said, source, ks, repeats, catalog, pairs)
     device, sources = batch.device, len(ks)
     query, row, score, rank = said
     proposed = rank < torch.tensor(ks, device=device).index_select(0, source)
@@ -54,8 +57,7 @@ def merge(
     first = named.index_select(0, first)
     union, order = sort_with_position(query.index_select(0, first), batch.size)
     of_row = row.index_select(0, first.index_select(0, order))
-    # Filtered before there is a column to filter.
-    kept = allowed((union, of_row)).nonzero().squeeze(1)
+    kept = allowed((union, of_row), batch, repeats, catalog, pairs).nonzero().squeeze(1)
     of_query, of_row = union.index_select(0, kept), of_row.index_select(0, kept)
 
     index = pairs.find(query, row, of_query, of_row)
@@ -72,3 +74,26 @@ def merge(
     return Candidates(
         of_query, of_row, scores.view(sources, size), ranks.view(sources, size), best.view(sources, batch.size)
     )
+
+
+def _merge_compiled(
+    batch: Batch, said: Recalled, source: Tensor, ks: Sequence[int], repeats: bool, catalog: Catalog, scratch: Scratch
+) -> Candidates:
+    asking = [index for index, query in enumerate(batch.queries) if query.where]
+    eligible_of = np.full(batch.size, -1)
+    eligible_of[asking] = np.arange(len(asking))
+    eligible = np.empty((len(asking), catalog.size), np.bool_)
+    for place, index in enumerate(asking):
+        eligible[place] = catalog.eligible(batch.queries[index].where).numpy()
+    found = kernels.merge(
+        *(column.numpy() for column in said),
+        source.numpy(),
+        np.array(ks, np.int64),
+        batch.size,
+        catalog.available.numpy(),
+        *(column.numpy() for column in forbidden(batch, repeats)),
+        eligible,
+        eligible_of,
+        scratch.index,
+    )
+    return Candidates(*map(torch.from_numpy, found))

@@ -5,9 +5,10 @@ queries and property tests all call the same `Pipeline`.
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import repeat
 
 import numpy as np
 import structlog
@@ -17,10 +18,10 @@ from torch import Tensor
 from app.bundle import Bundle, ListSpec
 from app.catalog import Catalog
 from app.engine import Query, Slate, SlateItem
-from app.engine.batch import Batch, PairSet, collate
+from app.engine.batch import Batch, PairSet, Scratch, collate
 from app.engine.explain import reason
 from app.engine.features import compute
-from app.engine.filters import allowed, forbidden
+from app.engine.filters import forbidden
 from app.engine.merge import ABSENT, Candidates, merge
 from app.engine.ranking import FUSIONS, Ranker, reciprocal_rank
 from app.engine.recall import NOTHING, NeighbourSource, Recalled, Source, VectorSource, open_source, recall_neighbours
@@ -36,6 +37,10 @@ BACKFILL = 200
 """Candidates that an exact search adds where the sources leave a filtered slate short."""
 
 
+_NONE = repeat(None)
+_new_item: Callable[[Iterable[object]], SlateItem] = partial(tuple.__new__, SlateItem)
+
+
 @dataclass(slots=True)
 class Prepared:
     """A batch just before ranking."""
@@ -48,19 +53,23 @@ class Prepared:
 class Pipeline:
     """One bundle on one device. Not for use by two threads at a time: stages share scratch memory."""
 
-    def __init__(self, bundle: Bundle, device: torch.device, max_batch: int) -> None:
+    def __init__(self, bundle: Bundle, device: torch.device, max_batch: int, *, compiled: bool | None = None) -> None:
+        """`compiled` chooses between loops and tensor operations; by default a CPU gets the former."""
         self.bundle = bundle
         self.device = device
         self.catalog = Catalog(bundle, device)
         self.window = bundle.manifest.window
         self.max_batch = max(1, min(max_batch, CELLS // max(self.catalog.size, 1)))
-        self._pairs = PairSet(self.max_batch, self.catalog.size, device)
+        if compiled is None:
+            compiled = device.type == "cpu"
+        rows = self.catalog.size
+        self._scratch = Scratch(rows) if compiled else PairSet(self.max_batch, rows, device)
         self.sources: dict[str, Source] = {
             spec.name: open_source(spec, bundle, device) for spec in bundle.manifest.sources
         }
         self._rankers = {spec.name: Ranker(spec, bundle, device) for spec in bundle.manifest.rankers}
         self._lists = {spec.name for spec in bundle.manifest.sources if isinstance(spec, ListSpec)}
-        self._popular = self.catalog.statistics[0] if bundle.manifest.statistics else None
+        self._popular = self.catalog.statistics[:, 0] if bundle.manifest.statistics else None
         self.scenes: Mapping[str, Scene] = {}
         self.use(bundle.manifest.scenes)
 
@@ -95,11 +104,10 @@ class Pipeline:
 
     def prepare(self, scene: Scene, queries: Sequence[Query], states: Sequence[UserState], now_ms: int) -> Prepared:
         """State, recall, merge and filter, for queries of one scene."""
-        batch = collate(queries, states, self.catalog, self.window, now_ms)
+        batch = collate(queries, states, self.catalog, self.window, now_ms, self._scratch)
         said, source, degraded = self._recall(batch, scene)
         ks = [source.k for source in scene.sources]
-        rules = partial(allowed, batch=batch, scene=scene, catalog=self.catalog, pairs=self._pairs)
-        candidates = merge(batch, said, source, ks, self._pairs, rules)
+        candidates = merge(batch, said, source, ks, scene.repeats, self.catalog)
         candidates = self._backfill(batch, candidates, scene)
         for column, wanted in enumerate(scene.sources):
             vectors = self.sources[wanted.name]
@@ -138,7 +146,7 @@ class Pipeline:
 
     def features(self, prepared: Prepared) -> Tensor:
         """float32 [M, F] of the candidates; `feature_names` of the scene names the columns."""
-        return compute(prepared.batch, prepared.candidates, self.catalog, self._pairs)
+        return compute(prepared.batch, prepared.candidates, self.catalog)
 
     @torch.inference_mode()
     def _slates(
@@ -169,7 +177,7 @@ class Pipeline:
         if not short or not self.catalog.size:
             return candidates
         queries, rows = [candidates.query], [candidates.row]
-        forbidden_query, forbidden_row = forbidden(batch, scene)
+        forbidden_query, forbidden_row = forbidden(batch, scene.repeats)
         for index in short:
             query = batch.queries[index]
             mask = self.catalog.eligible(query.where).clone()
@@ -225,14 +233,9 @@ class Pipeline:
         for index, query in enumerate(batch.queries):
             count = min(counts[index], query.limit)
             own = rows[index][:count]
-            items = tuple(
-                map(
-                    SlateItem,
-                    self.catalog.ids(own),
-                    scores[index][:count],
-                    [names[mask] for mask in masks[index][:count]],
-                )
-            )
+            ids, sources = self.catalog.ids(own), [names[mask] for mask in masks[index][:count]]
+            # What SlateItem(...) does, without a Python call an item.
+            items = tuple(map(_new_item, zip(ids, scores[index][:count], sources, _NONE, _NONE, strict=False)))
             if query.explain or query.fields:
                 items = tuple(
                     self._detailed(item, row, index, query, scene, batch) for item, row in zip(items, own, strict=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from app.bundle import Bundle, BundleError, RankerSpec
+from app.engine import kernels
 from app.engine.features import feature_names
 from app.engine.merge import ABSENT, Candidates
 from app.engine.program import load_program
@@ -55,6 +56,9 @@ FUSIONS: Mapping[str, Callable[[Candidates, Tensor], Tensor]] = {
 }
 
 
+_STANDARD = ("mean", "scale", "clip")
+
+
 class Ranker:
     """A learned fusion: features [M, F] -> scores [M]."""
 
@@ -62,15 +66,30 @@ class Ranker:
         self.name = spec.name
         self.features = spec.features
         self._program = load_program(bundle.path / spec.program, device)
+        self._standard: tuple[Tensor, Tensor, Tensor] | None = None
+        if spec.standard is not None:
+            columns = bundle.tensors(spec.standard)
+            if any(columns[name].shape != (len(spec.features),) for name in _STANDARD):
+                raise BundleError(f"{spec.standard} does not fit the {len(spec.features)} features")
+            mean, scale, clip = (columns[name].float().to(device) for name in _STANDARD)
+            self._standard = mean, scale, clip
 
     def score(self, features: Tensor) -> Tensor:
         """float32 [M] for features [M, F]."""
         # oneDNN generates code for every new shape and keeps a thousand: rounded up, a few dozen shapes serve all
         # batches. Without this a single request spent more on code generation than on ranking.
-        rows = len(features)
-        step = 64 if rows < 1024 else 1024
-        padded = pad(features.t(), (0, -rows % step)).t()
-        return self._program(padded)[:rows]
+        count = len(features)
+        rows = count + -count % (64 if count < 1024 else 1024)
+        if self._standard is None:
+            ready = pad(features, (0, 0, 0, rows - count))
+        elif features.is_cuda:
+            mean, scale, clip = self._standard
+            ready = pad(((features - mean) * scale).clamp(-clip, clip).bfloat16(), (0, 0, 0, rows - count))
+        else:
+            host = (column.numpy() for column in self._standard)
+            ready = torch.from_numpy(kernels.standardised(features.contiguous().numpy(), *host, rows))
+            ready = ready.view(torch.bfloat16)
+        return self._program(ready)[:count]
 
     def check(self, scene: str, sources: tuple[str, ...], statistics: tuple[str, ...]) -> None:
         """Raises `BundleError` unless the scene computes the very features the ranker was trained on."""

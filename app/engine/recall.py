@@ -9,11 +9,13 @@ from typing import NamedTuple, Protocol
 
 import faiss
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from app.bundle import Bundle, BundleError, ListSpec, NeighbourSpec, SourceSpec, VectorSpec
-from app.engine.batch import Batch
+from app.engine import kernels
+from app.engine.batch import Batch, Scratch
 from app.engine.program import load_program
 from app.state.events import EventType
 
@@ -58,6 +60,9 @@ class VectorSource:
         self.vectors = bundle.tensors(spec.vectors)["vectors"].to(device)
         if len(self.vectors) != bundle.manifest.items:
             raise BundleError(f"{spec.vectors} has {len(self.vectors)} vectors for {bundle.manifest.items} items")
+        if self.vectors.dtype != torch.float16:
+            raise BundleError(f"{spec.vectors} is of {self.vectors.dtype}, not float16")
+        self._halves = halves(bundle.tensors(spec.vectors)["vectors"])
         self.encode = load_program(bundle.path / spec.encoder, device)
         self.index = _open_index(str(bundle.path / spec.index), device)
         if (self.index.ntotal, self.index.d) != tuple(self.vectors.shape):
@@ -74,12 +79,30 @@ class VectorSource:
 
     def score(self, batch: Batch, query: Tensor, row: Tensor) -> Tensor:
         """Exact scores float32 [M] of (query, row) pairs of a batch that has been recalled."""
-        # In the vectors' own half precision: half the memory to fetch, and sums are still kept in float32.
-        users = batch.user_vectors[self.name].to(self.vectors.dtype)
-        return (users.index_select(0, query) * self.vectors.index_select(0, row)).sum(1, dtype=torch.float32)
+        if isinstance(batch.scratch, Scratch):
+            found = np.empty(len(query), np.float32)
+            users = batch.user_vectors[self.name].numpy()
+            kernels.dots(users, self._halves, query.numpy(), row.numpy(), found)
+            return torch.from_numpy(found)
+        return (batch.user_vectors[self.name].index_select(0, query) * self.vectors.index_select(0, row)).sum(1)
 
     def _inputs(self, batch: Batch, context: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         length, device = self.spec.history, batch.device
+        if isinstance(batch.scratch, Scratch):
+            found = kernels.history(
+                self._halves,
+                kernels.starts(batch.query.numpy(), batch.size),
+                batch.row.numpy(),
+                batch.kind.numpy(),
+                batch.age_days.numpy(),
+                kernels.starts(batch.anchor_query.numpy(), batch.size),
+                batch.anchor_row.numpy(),
+                int(EventType.VIEW_ITEM),
+                context,
+                length,
+            )
+            vectors, kinds, ages_s = map(torch.from_numpy, found)
+            return vectors, kinds, ages_s, batch.profile(self.spec.profile)
         query, row, kind, last = batch.query, batch.row, batch.kind, batch.from_end
         age_s = batch.age_days * 86_400
         if len(batch.anchor_row):
@@ -110,22 +133,28 @@ class NeighbourSource:
         self.name = spec.name
         table = bundle.tensors(spec.table)
         self.rows, self.weights = table["rows"].to(device), table["weights"].to(device)
+        if (self.rows.dtype, self.weights.dtype) != (torch.int32, torch.float16):
+            raise BundleError(f"{spec.table} is of {self.rows.dtype} and {self.weights.dtype}, not int32 and float16")
         if self.rows.shape != self.weights.shape or len(self.rows) != bundle.manifest.items:
             raise BundleError(f"{spec.table} is {list(self.rows.shape)} for {bundle.manifest.items} items")
         self.half_life_days, self.limit = spec.anchors.half_life_days, spec.anchors.limit
         self.by_kind = torch.zeros(256, device=device)
         for name, weight in spec.anchors.weights.items():
             self.by_kind[EventType[name.upper()]] = weight
+        # As the compiled loops take them.
+        self.host = table["rows"].numpy(), halves(table["weights"])
+        decay = np.float32(-math.log(2) / self.half_life_days)
+        self.rule = self.by_kind.cpu().numpy(), decay, self.limit
 
     def recall(self, batch: Batch, k: int, context: bool) -> Recalled:
         return recall_neighbours([self], batch, context)[1]
 
 
 def recall_neighbours(sources: Sequence[NeighbourSource], batch: Batch, context: bool) -> tuple[Tensor, Recalled]:
-    """What `recall` of each source gives, one after the other, and which source int64 [E] said it.
-
-    In one pass: a query of a source is treated as a query of its own.
-    """
+    """What `recall` of each source gives, one after the other, and which source int64 [E] said it."""
+    if isinstance(batch.scratch, Scratch):
+        return _neighbours_compiled(sources, batch, context, batch.scratch)
+    # In one pass: a query of a source is treated as a query of its own.
     slot, row, weight = anchors(sources, batch, context)
     bounds = torch.searchsorted(slot, torch.arange(len(sources) + 1, device=batch.device) * batch.size).tolist()
     # A pair is numbered slot * (items + 1) + 1 + item, so that a table's -1 falls on an item 0 of its own and is
@@ -150,6 +179,23 @@ def recall_neighbours(sources: Sequence[NeighbourSource], batch: Batch, context:
     row, total = row.index_select(0, order), total.index_select(0, order)
     number = slot // batch.size
     return number, Recalled(slot - number * batch.size, row, total, rank)
+
+
+def _neighbours_compiled(
+    sources: Sequence[NeighbourSource], batch: Batch, context: bool, scratch: Scratch
+) -> tuple[Tensor, Recalled]:
+    begin = kernels.starts(batch.query.numpy(), batch.size)
+    page_begin = kernels.starts(batch.anchor_query.numpy(), batch.size)
+    row, age_days, kind, page = (x.numpy() for x in (batch.row, batch.age_days, batch.kind, batch.anchor_row))
+    parts = [
+        kernels.neighbours(
+            *source.host, begin, row, age_days, kind, page_begin, page, *source.rule, context, DEPTH, scratch.total
+        )
+        for source in sources
+    ]
+    number = np.repeat(np.arange(len(sources)), [len(part[0]) for part in parts])
+    said = Recalled(*(torch.from_numpy(np.concatenate(column)) for column in zip(*parts, strict=True)))
+    return torch.from_numpy(number), said
 
 
 def anchors(sources: Sequence[NeighbourSource], batch: Batch, context: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -214,6 +260,11 @@ class ListSource:
         return _flat(self.rows[:k].expand(size, k), self.scores[:k].expand(size, k))
 
 
+def halves(table: Tensor) -> npt.NDArray[np.uint16]:
+    """The bits of a float16 tensor of the host."""
+    return table.view(torch.uint16).numpy()
+
+
 def open_source(spec: SourceSpec, bundle: Bundle, device: torch.device) -> Source:
     """Raises `BundleError` when the source's files do not fit together or the catalog."""
     try:
@@ -228,18 +279,21 @@ def open_source(spec: SourceSpec, bundle: Bundle, device: torch.device) -> Sourc
         raise BundleError(f"source {spec.name!r} has no {error}") from error
 
 
-def best_first(query: Tensor, row: Tensor, score: Tensor, size: int, k: int) -> tuple[Tensor, Tensor]:
-    """Rows [B, <=k] and scores [B, <=k] of flat pairs that ascend by query, best first, padded with -1 and -inf."""
+def best_first(batch: Batch, query: Tensor, score: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Positions [B, <=k] of each query's best scores [M], padded with -1, and these scores, padded with -inf."""
+    size = batch.size
+    if isinstance(batch.scratch, Scratch):
+        positions, best = kernels.best_first(query.numpy(), score.numpy(), size, k)
+        return torch.from_numpy(positions), torch.from_numpy(best)
     order, rank = _ranked(query, score, size)
     width = min(k, int(rank.max()) + 1) if len(rank) else 0
     kept = (rank < width).nonzero().squeeze(1)
     cell = query.index_select(0, kept) * width + rank.index_select(0, kept)
     order = order.index_select(0, kept)
-    rows = torch.full((size * width,), -1, dtype=torch.int64, device=query.device)
+    shown = torch.full((size * width,), -1, dtype=torch.int64, device=query.device).index_copy_(0, cell, order)
     scores = torch.full((size * width,), -torch.inf, device=query.device)
-    rows.index_copy_(0, cell, row.index_select(0, order))
     scores.index_copy_(0, cell, score.index_select(0, order))
-    return rows.view(size, width), scores.view(size, width)
+    return shown.view(size, width), scores.view(size, width)
 
 
 def _ranked(query: Tensor, score: Tensor, size: int) -> tuple[Tensor, Tensor]:

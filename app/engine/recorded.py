@@ -3,6 +3,7 @@
 import json
 from base64 import b64decode, b64encode
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ bfloat16 leaves uncertain."""
 
 def record(pipeline: Pipeline, queries: Sequence[Query], states: Sequence[UserState], now_ms: int, path: Path) -> str:
     """Writes `queries`, the states of their users and the slates they get now; returns the file's name."""
+    # Under the ids that `replay` will give them: what a scene explores depends on the id.
+    queries = [replace(query, request_id=f"recorded-{index}") for index, query in enumerate(queries)]
     slates = pipeline.run(queries, states, now_ms)
     if failed := {stage for slate in slates for stage in slate.degraded}:
         raise BundleError(f"not to be published: {', '.join(sorted(failed))} failed on recorded queries")

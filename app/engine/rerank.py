@@ -20,10 +20,9 @@ def rerank(
 ) -> tuple[Tensor, Tensor]:
     """Positions in `candidates` int64 [B, limit], best first, -1 for none, and scores float32 [B, limit]."""
     limit = max(query.limit for query in batch.queries)
-    position = torch.arange(len(score), device=batch.device)
     if not (scene.diversity or scene.explore):
-        return best_first(candidates.query, position, score, batch.size, limit)
-    pool, scores = best_first(candidates.query, position, score, batch.size, POOL * limit)
+        return best_first(batch, candidates.query, score, limit)
+    pool, scores = best_first(batch, candidates.query, score, POOL * limit)
     # Each query sees the pool of its own limit, whatever the others of the batch ask for.
     limits = torch.tensor([query.limit for query in batch.queries], device=batch.device)
     beyond = torch.arange(pool.shape[1], device=batch.device) >= POOL * limits[:, None]

@@ -2,15 +2,15 @@
 
 import math
 import secrets
+from collections.abc import Mapping
 from time import monotonic
-from typing import Any
 
 import orjson
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from app.engine import Overloaded, Query, Slate, SlateItem, UnknownScene, Where
+from app.engine import Overloaded, Query, Slate, UnknownScene, Where
 from app.parameters import openapi_parameters, parse
 from app.problems import FieldError, Problem
 from app.routes import DirectRoute, state_of
@@ -80,7 +80,12 @@ def render(slate: Slate, took_ms: float) -> bytes:
         {
             "request_id": slate.request_id,
             "scene": slate.scene,
-            "items": [_item(item, position) for position, item in enumerate(slate.items, 1)],
+            "items": [
+                {"item_id": item_id, "score": score, "position": position, "sources": sources}
+                if reason is None and attributes is None
+                else _detailed(item_id, score, position, sources, reason, attributes)
+                for position, (item_id, score, sources, reason, attributes) in enumerate(slate.items, 1)
+            ],
             "bundle": slate.bundle,
             "variant": slate.variant,
             "degraded": slate.degraded,
@@ -89,10 +94,17 @@ def render(slate: Slate, took_ms: float) -> bytes:
     )
 
 
-def _item(item: SlateItem, position: int) -> dict[str, Any]:
-    rendered = {"item_id": item.item_id, "score": item.score, "position": position, "sources": item.sources}
-    if item.reason is not None:
-        rendered["reason"] = item.reason
-    if item.attributes is not None:
-        rendered["attributes"] = dict(item.attributes)
+def _detailed(
+    item_id: str,
+    score: float,
+    position: int,
+    sources: tuple[str, ...],
+    reason: str | None,
+    attributes: Mapping[str, object] | None,
+) -> dict[str, object]:
+    rendered: dict[str, object] = {"item_id": item_id, "score": score, "position": position, "sources": sources}
+    if reason is not None:
+        rendered["reason"] = reason
+    if attributes is not None:
+        rendered["attributes"] = dict(attributes)
     return rendered

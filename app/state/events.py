@@ -63,6 +63,8 @@ ALIASES: Mapping[str, EventType] = MappingProxyType(
 # an item; folding them in would push the real interactions out of the window.
 FOLDED = frozenset(EventType) - {EventType.OTHER, EventType.VIEW_ITEM_LIST, EventType.SEARCH}
 
+MS_PER_DAY = 86_400_000.0
+
 EVENT = np.dtype(
     [
         ("ts", "<i8"),  # event time, UTC epoch milliseconds

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import scipy.sparse as sp
 
-from app.engine.batch import MS_PER_DAY
+from app.state.events import MS_PER_DAY
 from models.recall import STRENGTH, Interactions, Neighbours
 from models.recall.pairs import best_pairs
 

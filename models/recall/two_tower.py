@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from app.engine.batch import MS_PER_DAY, PROFILE_BUCKETS, profile_codes
-from app.state.events import FOLDED
+from app.engine.batch import PROFILE_BUCKETS, profile_codes
+from app.state.events import FOLDED, MS_PER_DAY
 from models.recall import STRENGTH, Interactions, Vectors
 from models.recall.item_cf import user_items
 

@@ -27,12 +27,12 @@ from fastapi import FastAPI, Query
 from pydantic import BaseModel
 
 from app.bundle import Anchors, Bundle, ListSpec, NeighbourSpec, VectorSpec, open_bundle
-from app.engine.batch import MS_PER_DAY, profile_codes
+from app.engine.batch import profile_codes
 from app.engine.features import HALF_LIFE_DAYS, INTEREST, NEVER_DAYS
 from app.engine.merge import ABSENT
 from app.engine.program import load_program
 from app.engine.recall import DEPTH
-from app.state.events import ALIASES, EventType
+from app.state.events import ALIASES, MS_PER_DAY, EventType
 
 Floats = npt.NDArray[np.floating[Any]]
 Rows = npt.NDArray[np.int64]
@@ -102,6 +102,7 @@ class Naive:
                 self.encode = load_program(bundle.path / spec.encoder, CPU)
         ranker = next(ranker for ranker in manifest.rankers if ranker.name == self.scene.ranker)
         self.rank = load_program(bundle.path / ranker.program, CPU)
+        self.standard = bundle.tensors(str(ranker.standard))
         self.interest = _by_kind({kind.name: weight for kind, weight in INTEREST.items()})
         self.weights = {
             spec.name: _by_kind(spec.anchors.weights) for spec in manifest.sources if isinstance(spec, NeighbourSpec)
@@ -149,7 +150,9 @@ class Naive:
                 score[:, column] = self.vectors[candidates] @ user
 
         features = self._features(history, candidates, score, rank, best, now_ms)
-        final = self.rank(torch.from_numpy(features)).numpy()
+        mean, scale, clip = (self.standard[name] for name in ("mean", "scale", "clip"))
+        standardised = ((torch.from_numpy(features) - mean) * scale).clamp(-clip, clip).bfloat16()
+        final = self.rank(standardised).numpy()
         top = np.argsort(-final)[:limit]
         names = [source.name for source in self.scene.sources]
         return [

@@ -30,7 +30,6 @@ from app.bundle import (
     Draft,
     ListSpec,
     NeighbourSpec,
-    RankerSpec,
     VectorSpec,
     current,
     open_bundle,
@@ -40,19 +39,18 @@ from app.bundle import (
 )
 from app.catalog import pack_strings
 from app.engine import Query
-from app.engine.batch import MS_PER_DAY
 from app.engine.features import feature_names
 from app.engine.pipeline import Pipeline
 from app.engine.program import save_program
 from app.engine.recorded import record
-from app.state.events import ALIASES, EVENT, UserState, fold, item_key, records
+from app.state.events import ALIASES, EVENT, MS_PER_DAY, UserState, fold, item_key, records
 from app.state.store import Store
 from models.catalog import STATISTICS
 from models.ranking import mlp
 from models.recall import Vectors, ease, two_tower
 from models.recall.index import build_index
 from models.recall.two_tower import WIDTH
-from models.sources import INTEREST, LIST_LENGTH, NEIGHBOURS, WINDOW, scenes
+from models.sources import EASE_GB, INTEREST, LIST_LENGTH, NEIGHBOURS, WINDOW, scenes
 
 CLUSTER = 200
 DEPARTMENTS = 20
@@ -201,7 +199,7 @@ def _write(folder: Path, version: str, items: int, prefix: str, seed: int, recip
     itself = {"rows": torch.arange(items, dtype=torch.int32)[:, None], "weights": torch.ones(items, 1).half()}
     neighbours("history", 90, WINDOW, draft.save("history.safetensors", itself))
     centres = normalize(torch.randn(clusters, 1, WIDTH), dim=2)
-    if items <= ease.LARGEST:
+    if ease.needed_gb(items) <= EASE_GB:
         neighbours("ease", 60, 64, _nearest(draft, "ease", centres, row))
     neighbours("discovery", 365, 64, _nearest(draft, "discovery", centres, row))
     neighbours("item_cf", 30, 32, _nearest(draft, "item_cf", centres, row))
@@ -225,8 +223,7 @@ def _write(folder: Path, version: str, items: int, prefix: str, seed: int, recip
     for name in RANKED:
         features = feature_names([source.name for source in draft.scenes[name].sources], STATISTICS)
         ranker = mlp.Mlp(torch.zeros(len(features)), torch.ones(len(features)))
-        program = mlp.export(ranker.eval(), len(features), folder / f"ranker_{name}.pt2")
-        draft.rankers.append(RankerSpec(name=name, program=program, features=features))
+        mlp.export(ranker.eval(), name, features, draft)
         draft.scenes[name] = draft.scenes[name].model_copy(update={"fusion": "learned", "ranker": name})
     draft.provenance = {"recipe": recipe}
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from app.bundle import Bundle, BundleError
-from app.engine import Where
+from app.engine import Where, kernels
 from app.state.events import MS_PER_DAY, item_key
 
 NO_ROW = -1
@@ -52,8 +52,15 @@ class Catalog:
             raise BundleError(f"catalog.safetensors has no column {error}") from error
         if not (self._key[1:] > self._key[:-1]).all():
             raise BundleError("catalog keys are not ascending and distinct")
+        leading = max(self.size.bit_length(), 1)
+        self._shift = 64 - leading
+        runs = (self._key.view(np.uint64) ^ np.uint64(1 << 63)) >> np.uint64(self._shift)
+        self._first = np.searchsorted(runs, np.arange(2**leading + 1, dtype=np.uint64)).astype(np.int32)
         self.device = device
         self.categories, self.brands = len(bundle.manifest.categories), len(bundle.manifest.brands)
+        for name, codes, count in (("category", self.category, self.categories), ("brand", self.brand, self.brands)):
+            if codes.numel() and not -1 <= int(codes.min()) <= int(codes.max()) < count:
+                raise BundleError(f"catalog column {name} has codes beyond the {count} of the manifest")
         self.log_price = torch.log1p(self.price.nan_to_num(0.0).clamp(min=0))
         """float32 [n]: log(1 + price), 0 where unknown."""
         groups = (self.leaf, self.category[:, 0], self.brand)
@@ -79,24 +86,23 @@ class Catalog:
 
     def rows(self, keys: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Row of each key, `NO_ROW` for an item this bundle does not know."""
-        if not self.size or not len(keys):
-            return np.full(len(keys), NO_ROW)
-        found = np.searchsorted(self._key, keys).clip(max=self.size - 1)
-        return np.where(self._key[found] == keys, found, NO_ROW)
+        rows: npt.NDArray[np.int64] = kernels.find(self._key, self._first, self._shift, np.array(keys))
+        return rows
 
     def rows_of(self, ids: Sequence[str]) -> Tensor:
         """int64 [<= len(ids)]: rows of the ids that the bundle knows."""
         rows = self.rows(np.array([item_key(name) for name in ids], np.int64))
         return torch.from_numpy(rows[rows != NO_ROW]).to(self.device)
 
-    def ids(self, rows: Sequence[int]) -> list[str]:
-        data, ends = self._id_bytes, self._id_ends
-        return [str(data[ends[row - 1] if row else 0 : ends[row]], "utf-8") for row in rows]
+    def ids(self, rows: Sequence[int] | npt.NDArray[np.int64]) -> list[str]:
+        data, ends = kernels.strings(self._id_bytes, self._id_ends, np.asarray(rows, np.int64))
+        joined, stops = data.tobytes(), ends.tolist()
+        return [joined[start:stop].decode() for start, stop in zip([0, *stops], stops, strict=False)]
 
     def attributes(self, row: int) -> dict[str, Any]:
         """What the shop told us of the item, title and price included."""
-        data, ends = self._attribute_bytes, self._attribute_ends
-        found: dict[str, Any] = json.loads(str(data[ends[row - 1] if row else 0 : ends[row]], "utf-8"))
+        data, _ = kernels.strings(self._attribute_bytes, self._attribute_ends, np.array([row]))
+        found: dict[str, Any] = json.loads(data.tobytes())
         return found
 
     def eligible(self, where: Where) -> Tensor:
@@ -119,8 +125,11 @@ class Catalog:
         return mask
 
 
-def _strings(columns: Mapping[str, Tensor], name: str) -> tuple[memoryview, memoryview]:
-    return columns[f"{name}_bytes"].numpy().data, columns[f"{name}_ends"].numpy().data
+def _strings(columns: Mapping[str, Tensor], name: str) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+    data, ends = columns[f"{name}_bytes"].numpy(), columns[f"{name}_ends"].numpy()
+    if (np.diff(ends, prepend=0) < 0).any() or (len(ends) and ends[-1] != len(data)):
+        raise BundleError(f"catalog column {name}_ends does not fit the {len(data)} bytes of {name}_bytes")
+    return data, ends
 
 
 def pack_strings(strings: Sequence[str], name: str) -> dict[str, Tensor]:

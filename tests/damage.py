@@ -190,6 +190,14 @@ INSIDE: Mapping[str, tuple[Damage, str]] = {
         _tensors("catalog.safetensors", lambda found: {"id_ends": found["id_ends"][:7]}),
         "catalog column id_ends has 7 rows, not 40",
     ),
+    "ids that end beyond their bytes": (
+        _tensors("catalog.safetensors", lambda found: {"id_ends": found["id_ends"] + 1}),
+        r"catalog column id_ends does not fit the \d+ bytes of id_bytes",
+    ),
+    "category beyond the last": (
+        _tensors("catalog.safetensors", lambda found: {"category": found["category"] + 9}),
+        "catalog column category has codes beyond the 4 of the manifest",
+    ),
     "another number of items": (_set(items=41), "catalog column key has 40 rows, not 41"),
     "no statistics": (
         _tensors("catalog.safetensors", lambda found: {"statistics": None}),
@@ -215,6 +223,10 @@ INSIDE: Mapping[str, tuple[Damage, str]] = {
     "neighbours of fewer items": (
         _tensors("item_cf.safetensors", lambda found: {key: found[key][:-1] for key in ("rows", "weights")}),
         r"item_cf\.safetensors is \[39, 10\] for 40 items",
+    ),
+    "neighbours beyond the catalog": (
+        _tensors("item_cf.safetensors", lambda found: {"rows": found["rows"] + 40}),
+        r"item_cf\.safetensors names rows beyond the 40 items",
     ),
     "neighbours without weights": (
         _tensors("item_cf.safetensors", lambda found: {"weights": None}),

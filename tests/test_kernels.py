@@ -74,6 +74,21 @@ def test_selection_among_thousands_of_ties() -> None:
     assert positions[0].tolist() == [5000, 0, 1]
 
 
+@given(
+    st.sets(st.integers(-(2**63), 2**63 - 1) | st.integers(-5, 50), max_size=40),
+    st.lists(st.integers(-(2**63), 2**63 - 1) | st.integers(-5, 50), max_size=20),
+    st.integers(1, 8),
+)
+def test_find_is_a_lookup_however_keys_lie(known: set[int], wanted: list[int], leading: int) -> None:
+    keys = np.array(sorted(known), np.int64)
+    runs = [(key + 2**63) >> (64 - leading) for key in sorted(known)]
+    first = np.searchsorted(runs, np.arange(2**leading + 1)).astype(np.int32)
+    asked = np.array([*wanted, *known], np.int64)
+    place = {key: row for row, key in enumerate(sorted(known))}
+    found = kernels.find(keys, first, 64 - leading, asked)
+    assert found.tolist() == [place.get(key, -1) for key in asked.tolist()]
+
+
 @given(st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=30))
 def test_standardised_rounds_as_torch_does(values: list[float]) -> None:
     features = np.array(values, np.float32)[:, None]

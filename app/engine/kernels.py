@@ -25,6 +25,7 @@ Ints = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
 Halves = npt.NDArray[np.uint16]
 Flags = npt.NDArray[np.bool_]
+Bytes = npt.NDArray[np.uint8]
 Keys = npt.NDArray[np.uint64]
 
 BUCKETS = 4096
@@ -123,6 +124,55 @@ def grouped(query: Longs, size: int) -> tuple[Longs, Longs]:
         order[place[one]] = position
         place[one] += 1
     return begin, order
+
+
+@njit("i8[::1](i8[::1], i4[::1], i8, i8[::1])", cache=True, nogil=True)
+def find(keys: Longs, first: Ints, shift: int, wanted: Longs) -> Longs:
+    """Position of each wanted key among the ascending `keys`, -1 where it is none.
+
+    `first` says where the keys with given leading bits (all but `shift`) begin. Keys that are hashes make every such
+    run a handful long, so that each is found with two looks at memory; other keys only take longer.
+    """
+    found = np.full(len(wanted), -1, np.int64)
+    sign = np.uint64(1) << np.uint64(63)
+    for one in range(len(wanted)):
+        _prefetch(first, np.int64((np.uint64(wanted[one]) ^ sign) >> np.uint64(shift)))
+    for one in range(len(wanted)):
+        _prefetch(keys, np.int64(first[np.int64((np.uint64(wanted[one]) ^ sign) >> np.uint64(shift))]))
+    for one in range(len(wanted)):
+        run = np.int64((np.uint64(wanted[one]) ^ sign) >> np.uint64(shift))
+        low, high = np.int64(first[run]), np.int64(first[run + 1])
+        while low < high:
+            middle = (low + high) >> 1
+            if keys[middle] < wanted[one]:
+                low = middle + 1
+            else:
+                high = middle
+        if low < first[run + 1] and keys[low] == wanted[one]:
+            found[one] = low
+    return found
+
+
+@njit("Tuple((u1[::1], i8[::1]))(u1[::1], i8[::1], i8[::1])", cache=True, nogil=True)
+def strings(data: Bytes, ends: Longs, row: Longs) -> tuple[Bytes, Longs]:
+    """The bytes of the strings of `row` one after the other, and where each ends."""
+    for one in row:
+        _prefetch(ends, one)
+        _prefetch(ends, max(one - 1, 0))
+    found_ends = np.empty(len(row), np.int64)
+    total = 0
+    for one in range(len(row)):
+        begin = ends[row[one] - 1] if row[one] else 0
+        _prefetch(data, begin)
+        total += ends[row[one]] - begin
+        found_ends[one] = total
+    found = np.empty(total, np.uint8)
+    place = 0
+    for one in row:
+        for position in range(ends[one - 1] if one else 0, ends[one]):
+            found[place] = data[position]
+            place += 1
+    return found, found_ends
 
 
 @njit("i8(u8[::1], i8, i8, i4[::1])", cache=True, nogil=True)

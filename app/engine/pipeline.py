@@ -217,28 +217,27 @@ class Pipeline:
         self, scene: Scene, prepared: Prepared, position: Tensor, score: Tensor, degraded: tuple[str, ...]
     ) -> list[Slate]:
         batch, candidates = prepared.batch, prepared.candidates
-        scene_sources = tuple(source.name for source in scene.sources)
         counts = (position >= 0).sum(1).tolist()
-        scores = score.tolist()
-        rows: list[list[int]] = [[]] * batch.size
-        masks = rows
+        scores, width = score.tolist(), position.shape[1]
+        rows: list[int] = []
+        ids: list[str] = []
+        sources: list[tuple[str, ...]] = []
         if len(candidates.row):
             shown = position.clamp(min=0).flatten()
-            shape = position.shape
-            rows = candidates.row.index_select(0, shown).view(shape).tolist()
+            on_host = candidates.row.index_select(0, shown).cpu().numpy()
+            rows, ids = on_host.tolist(), self.catalog.ids(on_host)
             proposed = (candidates.rank.index_select(1, shown) < ABSENT).cpu().numpy()
-            masks = (proposed.T @ (1 << np.arange(len(scene_sources)))).reshape(shape).tolist()
-        names = {mask: _names(mask, scene_sources) for own in masks for mask in set(own)}
+            names = _names(tuple(source.name for source in scene.sources))
+            sources = [names[mask] for mask in ((1 << np.arange(len(proposed))) @ proposed).tolist()]
         slates = []
         for index, query in enumerate(batch.queries):
-            count = min(counts[index], query.limit)
-            own = rows[index][:count]
-            ids, sources = self.catalog.ids(own), [names[mask] for mask in masks[index][:count]]
+            own = slice(index * width, index * width + min(counts[index], query.limit))
             # What SlateItem(...) does, without a Python call an item.
-            items = tuple(map(_new_item, zip(ids, scores[index][:count], sources, _NONE, _NONE, strict=False)))
+            items = tuple(map(_new_item, zip(ids[own], scores[index], sources[own], _NONE, _NONE, strict=False)))
             if query.explain or query.fields:
                 items = tuple(
-                    self._detailed(item, row, index, query, scene, batch) for item, row in zip(items, own, strict=True)
+                    self._detailed(item, row, index, query, scene, batch)
+                    for item, row in zip(items, rows[own], strict=True)
                 )
             slates.append(Slate(query.request_id, query.scene, items, self.bundle.version, None, degraded))
         return slates
@@ -255,6 +254,17 @@ class Pipeline:
         )
 
 
-@lru_cache(maxsize=4096)
-def _names(mask: int, sources: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(name for bit, name in enumerate(sources) if mask >> bit & 1)
+class _Names(dict[int, tuple[str, ...]]):
+    """The names of the sources whose bits are set."""
+
+    def __init__(self, sources: tuple[str, ...]) -> None:
+        self._sources = sources
+
+    def __missing__(self, mask: int) -> tuple[str, ...]:
+        names = self[mask] = tuple(name for bit, name in enumerate(self._sources) if mask >> bit & 1)
+        return names
+
+
+@lru_cache(maxsize=64)
+def _names(sources: tuple[str, ...]) -> _Names:
+    return _Names(sources)

@@ -137,6 +137,7 @@ class NeighbourSource:
             raise BundleError(f"{spec.table} is of {self.rows.dtype} and {self.weights.dtype}, not int32 and float16")
         if self.rows.shape != self.weights.shape or len(self.rows) != bundle.manifest.items:
             raise BundleError(f"{spec.table} is {list(self.rows.shape)} for {bundle.manifest.items} items")
+        _check_rows(self.rows, spec.table, bundle)
         self.half_life_days, self.limit = spec.anchors.half_life_days, spec.anchors.limit
         self.by_kind = torch.zeros(256, device=device)
         for name, weight in spec.anchors.weights.items():
@@ -247,8 +248,7 @@ class ListSource:
         self.rows, self.scores = table["rows"].long().to(device), table["scores"].to(device)
         if self.rows.shape != self.scores.shape:
             raise BundleError(f"{spec.rows} has {len(self.rows)} rows and {len(self.scores)} scores")
-        if len(self.rows) and not -1 <= int(self.rows.min()) <= int(self.rows.max()) < bundle.manifest.items:
-            raise BundleError(f"{spec.rows} names rows beyond the {bundle.manifest.items} items")
+        _check_rows(self.rows, spec.rows, bundle)
 
         # Nothing of it depends on who asks.
         self._of = lru_cache(maxsize=128)(self._for)
@@ -258,6 +258,12 @@ class ListSource:
 
     def _for(self, size: int, k: int) -> Recalled:
         return _flat(self.rows[:k].expand(size, k), self.scores[:k].expand(size, k))
+
+
+def _check_rows(rows: Tensor, file: str, bundle: Bundle) -> None:
+    # The compiled loops do not look again.
+    if rows.numel() and not -1 <= int(rows.min()) <= int(rows.max()) < bundle.manifest.items:
+        raise BundleError(f"{file} names rows beyond the {bundle.manifest.items} items")
 
 
 def halves(table: Tensor) -> npt.NDArray[np.uint16]:

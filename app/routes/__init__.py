@@ -1,11 +1,12 @@
 """What every route builds on."""
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from typing import Any, Protocol, TypedDict, cast
 
 from fastapi.routing import APIRoute
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from app.engine import Engine
 from app.impressions import Impressions
@@ -45,8 +46,14 @@ def state_of(request: Request) -> State:
 class DirectRoute(APIRoute):
     """A route whose function gets the request and gives the response; documented like any other, at half the cost.
 
-    FastAPI solves no dependency and reads no parameter for it.
+    FastAPI solves no dependency, reads no parameter and opens no exit stack for it.
     """
 
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        return self.endpoint
+    def __init__(self, path: str, endpoint: Callable[[Request], Awaitable[Response]], **rest: Any) -> None:
+        super().__init__(path, endpoint, **rest)
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            response = await endpoint(Request(scope, receive))
+            await response(scope, receive, send)
+
+        self.app = app

@@ -89,16 +89,34 @@ class NeighbourSpec(_Spec):
     anchors: Anchors
 
 
+class BasketSpec(_Spec):
+    """Neighbours in two steps: from the user's anchors to the baskets most like them, and on to what is in these.
+
+    likeness(b) = sum of anchor's weight * of_weights[item, b]; score(j) = sum of likeness(b) * weights[b, j] over
+    the `likest` baskets, of equals the first.
+    """
+
+    kind: Literal["baskets"] = "baskets"
+    name: str
+    table: str
+    """safetensors file with `of_item` int32 and `of_weights` float16 [n, K1], from items to baskets, and `items` int32
+    and `weights` float16 [m, K2], from baskets to items; padded with -1."""
+    anchors: Anchors
+    likest: Annotated[int, Field(ge=1)] = 200
+
+
 class ListSpec(_Spec):
-    """The same items for everyone, best first."""
+    """Items for everyone, best first, or for each segment of users."""
 
     kind: Literal["lists"] = "lists"
     name: str
     rows: str
-    """safetensors file with `rows` int32 [K] and `scores` float32 [K]."""
+    """safetensors file with `rows` int32 [K] and `scores` float32 [K]. Or, by segment, with `groups` int32 [G], `rows`
+    [G, K] padded with -1 and `scores` [G, K]: a group is a hashed profile attribute, the first is -1, everyone; a
+    user's list is the sum of the lists of their first eight attributes, or everyone's."""
 
 
-SourceSpec = Annotated[VectorSpec | NeighbourSpec | ListSpec, Field(discriminator="kind")]
+SourceSpec = Annotated[VectorSpec | NeighbourSpec | BasketSpec | ListSpec, Field(discriminator="kind")]
 
 
 class RankerSpec(_Spec):
@@ -220,7 +238,7 @@ def _files_of(spec: SourceSpec | RankerSpec) -> tuple[str, ...]:
     match spec:
         case VectorSpec():
             return spec.vectors, spec.index, spec.encoder
-        case NeighbourSpec():
+        case NeighbourSpec() | BasketSpec():
             return (spec.table,)
         case ListSpec():
             return (spec.rows,)

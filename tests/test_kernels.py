@@ -27,7 +27,8 @@ def forms(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Pipeline, 
 
 @settings(max_examples=100, deadline=None)
 @given(
-    st.sampled_from(["home", "buy_again", "detail"]), st.lists(st.tuples(QUERIES, HISTORIES), min_size=1, max_size=8)
+    st.sampled_from(["home", "buy_again", "detail", "wider"]),
+    st.lists(st.tuples(QUERIES, HISTORIES), min_size=1, max_size=8),
 )
 def test_both_forms_find_the_same_candidates_and_features(
     forms: tuple[Pipeline, Pipeline], name: str, asked: list[tuple[Query, list[tuple[str, int]]]]

@@ -46,7 +46,18 @@ WHERES = st.builds(
     price_max=st.sampled_from([None, 6.0, 18.0]),
     exclude=st.lists(st.sampled_from(ALL), max_size=5).map(tuple),
 )
-SCENES = ("home", "buy_again", "detail", "reciprocal_rank", "voting", "weighted", "cascade", "diverse", "explore")
+SCENES = (
+    "home",
+    "buy_again",
+    "detail",
+    "reciprocal_rank",
+    "voting",
+    "weighted",
+    "cascade",
+    "wider",
+    "diverse",
+    "explore",
+)
 QUERIES = st.builds(
     Query,
     request_id=st.text("0123456789abcdef", min_size=8, max_size=8),
@@ -265,8 +276,41 @@ def test_neighbour_scores_are_the_weighted_sum(pipeline: Pipeline) -> None:
     for event in user.events:
         anchor = int(pipeline.catalog.rows(np.array([event["item"]]))[0])
         weight = 2.0 * 0.5 ** ((NOW_MS - event["ts"]) / 86_400_000 / 30)
-        for near, value in zip(source.rows[anchor].tolist(), source.weights[anchor].tolist(), strict=True):
+        for near, value in zip(source.table.rows[anchor].tolist(), source.table.weights[anchor].tolist(), strict=True):
             expected[near] = expected.get(near, 0.0) + weight * value
     found = dict(zip(recalled.row.tolist(), recalled.score.tolist(), strict=True))
     assert found == pytest.approx(expected, rel=1e-5)
     assert GROUP > len(found) > 0
+
+
+def test_basket_scores_are_sums_over_the_likest_baskets(pipeline: Pipeline) -> None:
+    """Against plain loops over anchors, baskets and what is in them."""
+    user = state("a1", "a2", "b3", "a1")
+    prepared = pipeline.prepare(pipeline.scenes["wider"], [Query("1"), Query("2")], [state(), user], NOW_MS)
+    recalled = pipeline.sources["sessions"].recall(prepared.batch, 15, False)
+    table = pipeline.bundle.tensors("sessions.safetensors")
+    likeness = torch.zeros(len(table["items"]))
+    for event in user.events:
+        anchor = int(pipeline.catalog.rows(np.array([event["item"]]))[0])
+        weight = 0.5 ** ((NOW_MS - event["ts"]) / 86_400_000 / 30)
+        for basket, value in zip(table["of_item"][anchor].tolist(), table["of_weights"][anchor].tolist(), strict=True):
+            likeness[basket] += weight * value * (basket >= 0)
+    expected = torch.zeros(pipeline.catalog.size)
+    for basket in likeness.argsort(descending=True, stable=True)[:4].tolist():
+        expected.index_add_(0, table["items"][basket], table["weights"][basket].float() * likeness[basket])
+    assert (recalled.query == 1).all()
+    assert recalled.rank.tolist() == list(range(len(recalled.row)))
+    assert len(recalled.row) == int((expected > 0).sum()) > 6
+    torch.testing.assert_close(recalled.score, expected[recalled.row], rtol=1e-4, atol=1e-6)
+
+
+def test_lists_by_segment_go_by_profile(pipeline: Pipeline) -> None:
+    profiles = [{}, {"country": "FR"}, {"country": "FR", "age": "30"}, {"a": "DE", "country": "DE"}, {"country": "IT"}]
+    users = [state(profile=profile) for profile in profiles]
+    prepared = pipeline.prepare(pipeline.scenes["wider"], [Query(str(i)) for i in range(5)], users, NOW_MS)
+    found = pipeline.sources["segments"].recall(prepared.batch, 4, False)
+    shown = [found.row[found.query == index].tolist() for index in range(5)]
+    assert shown[0] == shown[4] == [0, 1, 2, 3]
+    assert shown[1] == shown[2] != shown[3]
+    assert {shown[1][0], shown[3][0]} == {10, 20}
+    assert found.rank.tolist() == [0, 1, 2, 3] * 5

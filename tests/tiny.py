@@ -12,9 +12,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from app.bundle import Anchors, Bundle, Draft, ListSpec, NeighbourSpec, RankerSpec, VectorSpec, publish, seal
+from app.bundle import (
+    Anchors,
+    BasketSpec,
+    Bundle,
+    Draft,
+    ListSpec,
+    NeighbourSpec,
+    RankerSpec,
+    VectorSpec,
+    publish,
+    seal,
+)
 from app.catalog import pack_strings
 from app.engine import Query
+from app.engine.batch import profile_codes
 from app.engine.features import feature_names
 from app.engine.pipeline import Pipeline
 from app.engine.program import save_program
@@ -104,6 +116,30 @@ def write_tiny(folder: Path, version: str, prefix: str = "", window: int = 64) -
             "scores": torch.from_numpy(popularity[best].astype(np.float32)),
         },
     )
+    # Six baskets, each of some items of one group, and the lists of who says where they are from.
+    basket = np.array([rng.permutation(np.flatnonzero(group == (number % 2)))[:6] for number in range(6)])
+    of_item = np.full((len(names), 6), -1)
+    for row in range(len(names)):
+        with_it = np.flatnonzero((basket == row).any(1))
+        of_item[row, : len(with_it)] = with_it
+    baskets = draft.save(
+        "sessions.safetensors",
+        {
+            "of_item": torch.from_numpy(of_item.astype(np.int32)),
+            "of_weights": torch.from_numpy(np.where(of_item >= 0, rng.uniform(0.5, 1.0, of_item.shape), 0.0)).half(),
+            "items": torch.from_numpy(basket.astype(np.int32)),
+            "weights": torch.from_numpy(rng.uniform(0.5, 1.0, (6, 6))).half(),
+        },
+    )
+    codes = np.array([-1, *sorted(profile_codes({"country": country}, 1)[0] for country in ("FR", "DE"))])
+    segments = draft.save(
+        "segments.safetensors",
+        {
+            "groups": torch.from_numpy(codes.astype(np.int32)),
+            "rows": torch.stack([torch.arange(10), torch.arange(10, 20), torch.arange(20, 30)]).int(),
+            "scores": torch.linspace(1.0, 0.1, 10).repeat(3, 1),
+        },
+    )
     index = faiss.IndexFlatIP(WIDTH)
     index.add(vectors)
     faiss.write_index(index, str(folder / "towers.faiss"))
@@ -131,6 +167,11 @@ def write_tiny(folder: Path, version: str, prefix: str = "", window: int = 64) -
         ListSpec(name="popular", rows=popular),
     ]
     sources = tuple(SceneSource(name=source.name, k=15) for source in draft.sources)
+    draft.sources += [
+        BasketSpec(name="sessions", table=baskets, anchors=anchors, likest=4),
+        ListSpec(name="segments", rows=segments),
+    ]
+    wider = tuple(SceneSource(name=source.name, k=15) for source in draft.sources)
     features = feature_names([source.name for source in sources], STATISTICS)
     rows = torch.export.Dim("rows", min=1)
     ranker = torch.export.export(
@@ -143,6 +184,7 @@ def write_tiny(folder: Path, version: str, prefix: str = "", window: int = 64) -
         "buy_again": learned.model_copy(update={"repeats": True}),
         "detail": Scene(sources=sources[1:], context=True),
         **{name: Scene(sources=sources, fusion=name) for name in ("reciprocal_rank", "voting", "weighted", "cascade")},  # type: ignore[arg-type]
+        "wider": Scene(sources=wider),
         "diverse": Scene(sources=sources, diversity=0.2),
         "explore": Scene(sources=sources, explore=1.0),
     }

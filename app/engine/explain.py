@@ -26,9 +26,9 @@ def reason(
     for name in names:
         source = sources[name]
         if isinstance(source, NeighbourSource):
-            query, anchor, weight = anchors([source], batch, context)
+            query, anchor, weight = anchors([source.rule], batch, context)
             anchor, weight = anchor[query == index], weight[query == index]
-            gain = ((source.rows[anchor] == row) * source.weights[anchor]).sum(1) * weight
+            gain = ((source.table.rows[anchor] == row) * source.table.weights[anchor]).sum(1) * weight
             if len(gain) and float(gain.max()) > 0:
                 title = catalog.attributes(int(anchor[gain.argmax()])).get("title")
                 return f"Goes with {title}" if title else "Goes with what you looked at"

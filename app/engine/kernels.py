@@ -240,7 +240,7 @@ def neighbours(
 
     `rows` and `weights` [n, K] are the table, `begin` [B + 1] with `row`, `age_days` and `kind` [E] the users'
     events, `page_begin` and `page_row` the items on the page, which with `context` take the events' place.
-    `total` [n] is all zero, before and after.
+    `total` has a cell for every row of the table and for every row that it names, all zero, before and after.
     """
     size, width = len(begin) - 1, rows.shape[1]
     table, shares = rows.reshape(-1), weights.reshape(-1)

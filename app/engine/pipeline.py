@@ -128,7 +128,8 @@ class Pipeline:
         neighbours = {number: one for number, one in enumerate(sources) if isinstance(one, NeighbourSource)}
         if neighbours:
             try:
-                which, part = recall_neighbours(list(neighbours.values()), batch, scene.context)
+                ks = [scene.sources[number].k for number in neighbours]
+                which, part = recall_neighbours(list(neighbours.values()), batch, ks, scene.context)
                 parts.append(part)
                 said_by.append(torch.tensor(list(neighbours), device=self.device).index_select(0, which))
             except (RuntimeError, ValueError, IndexError) as error:

@@ -13,15 +13,17 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from app.bundle import Bundle, BundleError, ListSpec, NeighbourSpec, SourceSpec, VectorSpec
+from app.bundle import Anchors, BasketSpec, Bundle, BundleError, ListSpec, NeighbourSpec, SourceSpec, VectorSpec
 from app.engine import kernels
-from app.engine.batch import Batch, Scratch
+from app.engine.batch import Batch, Scratch, profile_codes
 from app.engine.program import load_program
 from app.state.events import EventType
 
 DEPTH = 128
-"""Neighbour scores are kept this deep: what one source ranks below its candidates still informs the ranker
+"""Neighbour scores are kept at least this deep: what one source ranks below its candidates still informs the ranker
 when another source proposes it."""
+PROFILE = 8
+"""Profile attributes that lists by segment know."""
 
 
 class Recalled(NamedTuple):
@@ -126,109 +128,191 @@ class VectorSource:
         return history.view(*shape, -1), kinds.view(shape), ages.view(shape), batch.profile(self.spec.profile)
 
 
+class Table:
+    """Weighted edges from each of its rows to others, best first."""
+
+    def __init__(self, rows: Tensor, weights: Tensor, file: str, size: int | None, reach: int, device: torch.device):
+        """`size` rows, if that is known, name rows below `reach`; raises `BundleError` where they do not."""
+        if (rows.dtype, weights.dtype) != (torch.int32, torch.float16):
+            raise BundleError(f"{file} is of {rows.dtype} and {weights.dtype}, not int32 and float16")
+        if rows.shape != weights.shape or rows.dim() != 2:
+            raise BundleError(f"{file} has rows {list(rows.shape)} and weights {list(weights.shape)}")
+        if size is not None and len(rows) != size:
+            raise BundleError(f"{file} is {list(rows.shape)} for {size} items")
+        _check_rows(rows, file, reach)
+        self.rows, self.weights = rows.to(device), weights.to(device)
+        # As the compiled loops take them.
+        self.host = rows.numpy(), halves(weights)
+
+
+class Rule:
+    """How events weigh, as `Anchors` says it."""
+
+    def __init__(self, spec: Anchors, device: torch.device) -> None:
+        self.half_life_days, self.limit = spec.half_life_days, spec.limit
+        self.by_kind = torch.zeros(256, device=device)
+        for name, weight in spec.weights.items():
+            self.by_kind[EventType[name.upper()]] = weight
+        decay = np.float32(-math.log(2) / self.half_life_days)
+        self.host = self.by_kind.cpu().numpy(), decay, self.limit
+
+
 class NeighbourSource:
     """Items near the user's recent items: gather their table rows, weigh, sum, keep the best."""
 
     def __init__(self, spec: NeighbourSpec, bundle: Bundle, device: torch.device) -> None:
         self.name = spec.name
-        table = bundle.tensors(spec.table)
-        self.rows, self.weights = table["rows"].to(device), table["weights"].to(device)
-        if (self.rows.dtype, self.weights.dtype) != (torch.int32, torch.float16):
-            raise BundleError(f"{spec.table} is of {self.rows.dtype} and {self.weights.dtype}, not int32 and float16")
-        if self.rows.shape != self.weights.shape or len(self.rows) != bundle.manifest.items:
-            raise BundleError(f"{spec.table} is {list(self.rows.shape)} for {bundle.manifest.items} items")
-        _check_rows(self.rows, spec.table, bundle)
-        self.half_life_days, self.limit = spec.anchors.half_life_days, spec.anchors.limit
-        self.by_kind = torch.zeros(256, device=device)
-        for name, weight in spec.anchors.weights.items():
-            self.by_kind[EventType[name.upper()]] = weight
-        # As the compiled loops take them.
-        self.host = table["rows"].numpy(), halves(table["weights"])
-        decay = np.float32(-math.log(2) / self.half_life_days)
-        self.rule = self.by_kind.cpu().numpy(), decay, self.limit
+        table, items = bundle.tensors(spec.table), bundle.manifest.items
+        self.table = Table(table["rows"], table["weights"], spec.table, items, items, device)
+        self.rule = Rule(spec.anchors, device)
 
     def recall(self, batch: Batch, k: int, context: bool) -> Recalled:
-        return recall_neighbours([self], batch, context)[1]
+        return recall_neighbours([self], batch, [k], context)[1]
 
 
-def recall_neighbours(sources: Sequence[NeighbourSource], batch: Batch, context: bool) -> tuple[Tensor, Recalled]:
+def recall_neighbours(
+    sources: Sequence[NeighbourSource], batch: Batch, ks: Sequence[int], context: bool
+) -> tuple[Tensor, Recalled]:
     """What `recall` of each source gives, one after the other, and which source int64 [E] said it."""
+    depths = [max(k, DEPTH) for k in ks]
     if isinstance(batch.scratch, Scratch):
-        return _neighbours_compiled(sources, batch, context, batch.scratch)
+        found = [
+            _near_anchors(source.table, source.rule, batch, context, depth, batch.scratch.total)
+            for source, depth in zip(sources, depths, strict=True)
+        ]
+        number = torch.from_numpy(np.repeat(np.arange(len(sources)), [len(part.query) for part in found]))
+        return number, Recalled(*map(torch.cat, zip(*found, strict=True)))
     # In one pass: a query of a source is treated as a query of its own.
-    slot, row, weight = anchors(sources, batch, context)
+    slot, row, weight = anchors([source.rule for source in sources], batch, context)
     bounds = torch.searchsorted(slot, torch.arange(len(sources) + 1, device=batch.device) * batch.size).tolist()
-    # A pair is numbered slot * (items + 1) + 1 + item, so that a table's -1 falls on an item 0 of its own and is
+    steps = [
+        (source.table, slot[start:end], row[start:end], weight[start:end])
+        for source, (start, end) in zip(sources, pairwise(bounds), strict=True)
+    ]
+    slots = len(sources) * batch.size
+    limit = torch.tensor(depths, device=batch.device).repeat_interleave(batch.size)
+    slot, row, total, rank = _near(steps, slots, batch.items, limit)
+    number = slot // batch.size
+    return number, Recalled(slot - number * batch.size, row, total, rank)
+
+
+def _near_anchors(
+    table: Table, rule: Rule, batch: Batch, context: bool, depth: int, total: npt.NDArray[np.float32]
+) -> Recalled:
+    found = kernels.neighbours(
+        *table.host,
+        kernels.starts(batch.query.numpy(), batch.size),
+        batch.row.numpy(),
+        batch.age_days.numpy(),
+        batch.kind.numpy(),
+        kernels.starts(batch.anchor_query.numpy(), batch.size),
+        batch.anchor_row.numpy(),
+        *rule.host,
+        context,
+        depth,
+        total,
+    )
+    return Recalled(*map(torch.from_numpy, found))
+
+
+def _near(steps: Sequence[tuple[Table, Tensor, Tensor, Tensor]], slots: int, reach: int, limit: Tensor) -> Recalled:
+    """The best of what weighted rows lead to: from tables, with slots [A], rows [A] and weights [A] of each.
+
+    All slots together ascend; `limit` [slots] of each are kept. What is reached is below `reach`.
+    """
+    # A pair is numbered slot * (reach + 1) + 1 + item, so that a table's -1 falls on an item 0 of its own and is
     # dropped when the pairs are few: these arrays are the largest of a batch, every pass over them counts.
-    stride = batch.items + 1
-    pairs, scores = [slot[:0]], [weight[:0]]
-    for source, (start, end) in zip(sources, pairwise(bounds), strict=True):
-        if start == end:
-            continue
-        mine = row[start:end]
-        pairs.append(source.rows.index_select(0, mine).long().add_((slot[start:end] * stride + 1)[:, None]).flatten())
-        scores.append((source.weights.index_select(0, mine) * weight[start:end, None]).flatten())
-    pair, order = sort_with_position(torch.cat(pairs), len(sources) * batch.size * stride)
+    stride = reach + 1
+    pairs = [
+        table.rows.index_select(0, row).long().add_((slot * stride + 1)[:, None]).flatten()
+        for table, slot, row, _ in steps
+    ]
+    scores = [(table.weights.index_select(0, row) * weight[:, None]).flatten() for table, _, row, weight in steps]
+    pair, order = sort_with_position(torch.cat(pairs), slots * stride)
     pair, total = _summed(pair, torch.cat(scores).index_select(0, order))
     real = (pair % stride).nonzero().squeeze(1)
     pair, total = pair.index_select(0, real), total.index_select(0, real)
     slot = pair // stride
     row = pair - slot * stride - 1
-    order, rank = _ranked(slot, total, len(sources) * batch.size)
-    near = (rank < DEPTH).nonzero().squeeze(1)
-    slot, rank, order = slot.index_select(0, near), rank.index_select(0, near), order.index_select(0, near)
-    row, total = row.index_select(0, order), total.index_select(0, order)
-    number = slot // batch.size
-    return number, Recalled(slot - number * batch.size, row, total, rank)
+    order, rank = _ranked(slot, total, slots)
+    near = (rank < limit.index_select(0, slot)).nonzero().squeeze(1)
+    order = order.index_select(0, near)
+    return Recalled(
+        slot.index_select(0, near), row.index_select(0, order), total.index_select(0, order), rank.index_select(0, near)
+    )
 
 
-def _neighbours_compiled(
-    sources: Sequence[NeighbourSource], batch: Batch, context: bool, scratch: Scratch
-) -> tuple[Tensor, Recalled]:
-    begin = kernels.starts(batch.query.numpy(), batch.size)
-    page_begin = kernels.starts(batch.anchor_query.numpy(), batch.size)
-    row, age_days, kind, page = (x.numpy() for x in (batch.row, batch.age_days, batch.kind, batch.anchor_row))
-    parts = [
-        kernels.neighbours(
-            *source.host, begin, row, age_days, kind, page_begin, page, *source.rule, context, DEPTH, scratch.total
-        )
-        for source in sources
-    ]
-    number = np.repeat(np.arange(len(sources)), [len(part[0]) for part in parts])
-    said = Recalled(*(torch.from_numpy(np.concatenate(column)) for column in zip(*parts, strict=True)))
-    return torch.from_numpy(number), said
+class BasketSource:
+    """What is in the baskets (sessions, users) most like the user's recent items."""
+
+    def __init__(self, spec: BasketSpec, bundle: Bundle, device: torch.device) -> None:
+        self.name, self.likest = spec.name, spec.likest
+        table, items = bundle.tensors(spec.table), bundle.manifest.items
+        self._items = Table(table["items"], table["weights"], spec.table, None, items, device)
+        self._baskets = len(table["items"])
+        self._of_item = Table(table["of_item"], table["of_weights"], spec.table, items, self._baskets, device)
+        self.rule = Rule(spec.anchors, device)
+        # Of items and of baskets, whichever is at hand.
+        self._total = np.zeros(max(items, self._baskets), np.float32)
+
+    def recall(self, batch: Batch, k: int, context: bool) -> Recalled:
+        depth, size, device = max(k, DEPTH), batch.size, batch.device
+        if isinstance(batch.scratch, Scratch):
+            like = _near_anchors(self._of_item, self.rule, batch, context, self.likest, self._total)
+            # The baskets as events, each of a type of its own, which weighs as much as the basket is like the user.
+            kind, nowhere = np.arange(len(like.row)), np.zeros(size + 1, np.int64)
+            found = kernels.neighbours(
+                *self._items.host,
+                kernels.starts(like.query.numpy(), size),
+                like.row.numpy(),
+                np.zeros(len(kind), np.float32),
+                kind,
+                nowhere,
+                kind[:0],
+                like.score.numpy(),
+                np.float32(0),
+                self.likest,
+                False,
+                depth,
+                self._total,
+            )
+            return Recalled(*map(torch.from_numpy, found))
+        query, row, weight = anchors([self.rule], batch, context)
+        every = torch.ones(size, dtype=torch.int64, device=device)
+        like = _near([(self._of_item, query, row, weight)], size, self._baskets, every * self.likest)
+        return _near([(self._items, like.query, like.row, like.score)], size, batch.items, every * depth)
 
 
-def anchors(sources: Sequence[NeighbourSource], batch: Batch, context: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The distinct items whose neighbours count: their slot (source * B + query), ascending, catalog row and weight."""
+def anchors(rules: Sequence[Rule], batch: Batch, context: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The distinct items that count: their slot (rule * B + query), ascending, catalog row and weight."""
     device, size = batch.device, batch.size
-    by_kind, decay, limit = _rules(tuple(sources), device)
+    by_kind, decay, limit = _rules(tuple(rules), device)
     weights = by_kind.index_select(1, batch.kind) * torch.exp(batch.age_days * decay)
     counted = (weights > 0) & (batch.from_end < limit)
     on_page = context and len(batch.anchor_row) > 0
     if on_page:
         counted &= torch.bincount(batch.anchor_query, minlength=size)[batch.query] == 0
-    source, event = counted.nonzero(as_tuple=True)
-    slot, row = source * size + batch.query.index_select(0, event), batch.row.index_select(0, event)
-    weight = weights.flatten().index_select(0, source * len(batch.row) + event)
+    number, event = counted.nonzero(as_tuple=True)
+    slot, row = number * size + batch.query.index_select(0, event), batch.row.index_select(0, event)
+    weight = weights.flatten().index_select(0, number * len(batch.row) + event)
     if on_page:
-        page = torch.arange(len(sources), device=device)[:, None] * size + batch.anchor_query
+        page = torch.arange(len(rules), device=device)[:, None] * size + batch.anchor_query
         slot = torch.cat([slot, page.flatten()])
-        row = torch.cat([row, batch.anchor_row.repeat(len(sources))])
+        row = torch.cat([row, batch.anchor_row.repeat(len(rules))])
         weight = torch.cat([weight, torch.ones(page.numel(), device=device)])
     # Viewed, put in the cart, bought: one item to look up, not three.
-    pair, order = sort_with_position(slot * batch.items + row, len(sources) * size * batch.items)
+    pair, order = sort_with_position(slot * batch.items + row, len(rules) * size * batch.items)
     pair, weight = _summed(pair, weight.index_select(0, order))
     return pair // batch.items, pair % batch.items, weight
 
 
 @lru_cache(maxsize=64)
-def _rules(sources: tuple[NeighbourSource, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Weight by event type [S, 256], decay a day [S, 1] and limit [S, 1] of the sources."""
+def _rules(rules: tuple[Rule, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Weight by event type [R, 256], decay a day [R, 1] and limit [R, 1] of the rules."""
     # exp and not exp2, whose last bit depends on where in a tensor a number lies: features must not.
-    by_kind = torch.stack([source.by_kind for source in sources])
-    decay = torch.tensor([[-math.log(2) / source.half_life_days] for source in sources], device=device)
-    return by_kind, decay, torch.tensor([[source.limit] for source in sources], device=device)
+    by_kind = torch.stack([rule.by_kind for rule in rules])
+    decay = torch.tensor([[-math.log(2) / rule.half_life_days] for rule in rules], device=device)
+    return by_kind, decay, torch.tensor([[rule.limit] for rule in rules], device=device)
 
 
 def _summed(pair: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
@@ -240,30 +324,49 @@ def _summed(pair: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class ListSource:
-    """The same list for every query."""
+    """The same list for every query, or one by what its user is."""
 
     def __init__(self, spec: ListSpec, bundle: Bundle, device: torch.device) -> None:
         self.name = spec.name
         table = bundle.tensors(spec.rows)
+        self._groups = {code: group for group, code in enumerate(table["groups"].tolist())} if "groups" in table else {}
         self.rows, self.scores = table["rows"].long().to(device), table["scores"].to(device)
         if self.rows.shape != self.scores.shape:
             raise BundleError(f"{spec.rows} has {len(self.rows)} rows and {len(self.scores)} scores")
-        _check_rows(self.rows, spec.rows, bundle)
-
-        # Nothing of it depends on who asks.
+        if self._groups and (len(self.rows) != len(self._groups) or self._groups.get(-1) != 0):
+            raise BundleError(f"{spec.rows} has {len(self.rows)} lists for {len(self._groups)} groups from -1 on")
+        _check_rows(self.rows, spec.rows, bundle.manifest.items)
+        # Nothing of it depends on who asks, or only on what they have in common with many.
         self._of = lru_cache(maxsize=128)(self._for)
+        self._of_profile = lru_cache(maxsize=4096)(self._for_profile)
 
     def recall(self, batch: Batch, k: int, context: bool) -> Recalled:
-        return self._of(batch.size, min(k, len(self.rows)))
+        if not self._groups:
+            return self._of(batch.size, min(k, len(self.rows)))
+        lists = [self._of_profile(tuple(profile_codes(state.profile, PROFILE)), k) for state in batch.states]
+        query = torch.repeat_interleave(
+            torch.arange(batch.size, device=batch.device),
+            torch.tensor([len(one.row) for one in lists], device=batch.device),
+        )
+        return Recalled(query, *(torch.cat(column) for column in list(zip(*lists, strict=True))[1:]))
 
     def _for(self, size: int, k: int) -> Recalled:
         return _flat(self.rows[:k].expand(size, k), self.scores[:k].expand(size, k))
 
+    def _for_profile(self, codes: tuple[int, ...], k: int) -> Recalled:
+        groups = sorted({self._groups[code] for code in codes if code in self._groups}) or [0]
+        chosen = self.rows[groups] >= 0
+        row, place = torch.unique(self.rows[groups][chosen], return_inverse=True)
+        total = torch.zeros(len(row), device=row.device).index_add_(0, place, self.scores[groups][chosen])
+        order, rank = _ranked(torch.zeros_like(row), total, 1)
+        order, rank = order[:k], rank[:k]
+        return Recalled(torch.zeros_like(rank), row[order], total[order], rank)
 
-def _check_rows(rows: Tensor, file: str, bundle: Bundle) -> None:
+
+def _check_rows(rows: Tensor, file: str, reach: int) -> None:
     # The compiled loops do not look again.
-    if rows.numel() and not -1 <= int(rows.min()) <= int(rows.max()) < bundle.manifest.items:
-        raise BundleError(f"{file} names rows beyond the {bundle.manifest.items} items")
+    if rows.numel() and not -1 <= int(rows.min()) <= int(rows.max()) < reach:
+        raise BundleError(f"{file} names rows beyond the {reach} items")
 
 
 def halves(table: Tensor) -> npt.NDArray[np.uint16]:
@@ -279,6 +382,8 @@ def open_source(spec: SourceSpec, bundle: Bundle, device: torch.device) -> Sourc
                 return VectorSource(spec, bundle, device)
             case NeighbourSpec():
                 return NeighbourSource(spec, bundle, device)
+            case BasketSpec():
+                return BasketSource(spec, bundle, device)
             case ListSpec():
                 return ListSource(spec, bundle, device)
     except KeyError as error:

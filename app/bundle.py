@@ -47,12 +47,14 @@ class FileSpec(_Spec):
 class Anchors(_Spec):
     """How a user's events become the weighted items that neighbours are looked up for.
 
-    An event weighs `weights[type] * 2 ** (-age / half_life)`.
+    An event weighs `weights[type] * 2 ** (-age / half_life_days - later / half_life_events)`, `later` being how many
+    events of the user came after it.
     """
 
     weights: Mapping[str, float]
     """By event type name, lowercase; a type not named weighs nothing."""
     half_life_days: Annotated[float, Field(gt=0)] = 30.0
+    half_life_events: Annotated[float, Field(gt=0)] | None = None
     limit: Annotated[int, Field(ge=1)] = 50
     """Only the last so many events count."""
 

@@ -290,9 +290,9 @@ def test_basket_scores_are_sums_over_the_likest_baskets(pipeline: Pipeline) -> N
     recalled = pipeline.sources["sessions"].recall(prepared.batch, 15, False)
     table = pipeline.bundle.tensors("sessions.safetensors")
     likeness = torch.zeros(len(table["items"]))
-    for event in user.events:
+    for later, event in enumerate(user.events[::-1]):
         anchor = int(pipeline.catalog.rows(np.array([event["item"]]))[0])
-        weight = 0.5 ** ((NOW_MS - event["ts"]) / 86_400_000 / 30)
+        weight = 0.5 ** ((NOW_MS - event["ts"]) / 86_400_000 / 30 + later / 3)
         for basket, value in zip(table["of_item"][anchor].tolist(), table["of_weights"][anchor].tolist(), strict=True):
             likeness[basket] += weight * value * (basket >= 0)
     expected = torch.zeros(pipeline.catalog.size)

@@ -168,7 +168,9 @@ def write_tiny(folder: Path, version: str, prefix: str = "", window: int = 64) -
     ]
     sources = tuple(SceneSource(name=source.name, k=15) for source in draft.sources)
     draft.sources += [
-        BasketSpec(name="sessions", table=baskets, anchors=anchors, likest=4),
+        BasketSpec(
+            name="sessions", table=baskets, anchors=anchors.model_copy(update={"half_life_events": 3.0}), likest=4
+        ),
         ListSpec(name="segments", rows=segments),
     ]
     wider = tuple(SceneSource(name=source.name, k=15) for source in draft.sources)

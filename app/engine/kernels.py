@@ -216,7 +216,8 @@ def _best(keys: Keys, count: int, wanted: int, histogram: Ints) -> Keys:
 
 @njit(
     "Tuple((i8[::1], i8[::1], f4[::1], i8[::1]))"
-    "(i4[:, ::1], u2[:, ::1], i8[::1], i8[::1], f4[::1], i8[::1], i8[::1], i8[::1], f4[::1], f4, i8, b1, i8, f4[::1])",
+    "(i4[:, ::1], u2[:, ::1], i8[::1], i8[::1], f4[::1], i8[::1], i8[::1], i8[::1], f4[::1], f4, f4, i8, b1, i8,"
+    " f4[::1])",
     cache=True,
     nogil=True,
 )
@@ -231,6 +232,7 @@ def neighbours(
     page_row: Longs,
     by_kind: Floats,
     decay: np.float32,
+    step: np.float32,
     limit: int,
     context: bool,
     depth: int,
@@ -269,7 +271,8 @@ def neighbours(
                     # Viewed, put in the cart, bought: one item to look up, not three.
                     anchor[anchors] = row[event]
                     anchors += total[row[event]] == 0
-                    total[row[event]] += strength * np.exp(age_days[event] * decay)
+                    later = np.float32(begin[query + 1] - 1 - event)
+                    total[row[event]] += strength * np.exp(age_days[event] * decay + later * step)
         for one in range(anchors):
             weight[one] = total[anchor[one]]
             total[anchor[one]] = 0

@@ -149,12 +149,13 @@ class Rule:
     """How events weigh, as `Anchors` says it."""
 
     def __init__(self, spec: Anchors, device: torch.device) -> None:
-        self.half_life_days, self.limit = spec.half_life_days, spec.limit
+        self.decay = -math.log(2) / spec.half_life_days
+        self.step = -math.log(2) / spec.half_life_events if spec.half_life_events else 0.0
+        self.limit = spec.limit
         self.by_kind = torch.zeros(256, device=device)
         for name, weight in spec.weights.items():
             self.by_kind[EventType[name.upper()]] = weight
-        decay = np.float32(-math.log(2) / self.half_life_days)
-        self.host = self.by_kind.cpu().numpy(), decay, self.limit
+        self.host = self.by_kind.cpu().numpy(), np.float32(self.decay), np.float32(self.step), self.limit
 
 
 class NeighbourSource:
@@ -271,6 +272,7 @@ class BasketSource:
                 kind[:0],
                 like.score.numpy(),
                 np.float32(0),
+                np.float32(0),
                 self.likest,
                 False,
                 depth,
@@ -286,8 +288,8 @@ class BasketSource:
 def anchors(rules: Sequence[Rule], batch: Batch, context: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The distinct items that count: their slot (rule * B + query), ascending, catalog row and weight."""
     device, size = batch.device, batch.size
-    by_kind, decay, limit = _rules(tuple(rules), device)
-    weights = by_kind.index_select(1, batch.kind) * torch.exp(batch.age_days * decay)
+    by_kind, decay, step, limit = _rules(tuple(rules), device)
+    weights = by_kind.index_select(1, batch.kind) * torch.exp(batch.age_days * decay + batch.from_end * step)
     counted = (weights > 0) & (batch.from_end < limit)
     on_page = context and len(batch.anchor_row) > 0
     if on_page:
@@ -307,12 +309,15 @@ def anchors(rules: Sequence[Rule], batch: Batch, context: bool) -> tuple[Tensor,
 
 
 @lru_cache(maxsize=64)
-def _rules(rules: tuple[Rule, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Weight by event type [R, 256], decay a day [R, 1] and limit [R, 1] of the rules."""
+def _rules(rules: tuple[Rule, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Weight by event type [R, 256], decay a day [R, 1] and an event [R, 1], and limit [R, 1] of the rules."""
     # exp and not exp2, whose last bit depends on where in a tensor a number lies: features must not.
     by_kind = torch.stack([rule.by_kind for rule in rules])
-    decay = torch.tensor([[-math.log(2) / rule.half_life_days] for rule in rules], device=device)
-    return by_kind, decay, torch.tensor([[rule.limit] for rule in rules], device=device)
+    decay, step, limit = (
+        torch.tensor(column, device=device)[:, None]
+        for column in zip(*((rule.decay, rule.step, rule.limit) for rule in rules), strict=True)
+    )
+    return by_kind, decay, step, limit
 
 
 def _summed(pair: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:

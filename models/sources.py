@@ -5,22 +5,39 @@ once more on everything, for the bundle that is served.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import polars as pl
 import torch
 
-from app.bundle import Anchors, Draft, ListSpec, NeighbourSpec, VectorSpec
+from app.bundle import Anchors, BasketSpec, Draft, ListSpec, NeighbourSpec, VectorSpec
 from app.engine.program import save_program
 from app.scenes import Scene, SceneSource
-from app.state.events import MS_PER_DAY, EventType
-from models.catalog import STATISTICS, VIEWS, Items, columns, listed
-from models.data import DataError, Tables
+from app.state.events import EventType
+from models.catalog import STATISTICS, Items, columns, listed
+from models.data import DataError
 from models.data.log import Log
-from models.recall import STRENGTH, Interactions, Neighbours, Vectors, content, discovery, ease, item_cf, two_tower
+from models.recall import (
+    STRENGTH,
+    Interactions,
+    Neighbours,
+    Vectors,
+    complements,
+    content,
+    covisits,
+    discovery,
+    ease,
+    item_cf,
+    lists,
+    rp3beta,
+    session_knn,
+    transitions,
+    two_tower,
+)
 from models.recall.index import build_index
 
 WINDOW = 256
@@ -39,18 +56,26 @@ INTEREST = {kind.name.lower(): float(STRENGTH[kind]) for kind in EventType if ST
 K: Mapping[str, int] = {
     "history": 100,
     "ease": 80,
+    "rp3beta": 80,
+    "user_knn": 60,
     "discovery": 60,
     "item_cf": 60,
+    "session_knn": 60,
+    "transitions": 60,
+    "covisits": 60,
     "session": 40,
     "two_tower": 80,
     "content": 40,
+    "complements": 40,
+    "category": 40,
+    "segment": 40,
     "trending": 50,
     "popular": 40,
     "new": 20,
 }
 """Candidates by source, in the order of a cascade: what knows the user best comes first."""
 
-LISTS = ("trending", "popular", "new")
+LISTS = ("category", "segment", "trending", "popular", "new")
 
 Progress = Callable[[str], None]
 
@@ -65,13 +90,50 @@ class Fitted:
     seconds: Mapping[str, float]
 
 
-def fit(folder: Path, tables: Tables, log: Log, cut_ms: int, seed: int, progress: Progress) -> Fitted:
+@dataclass(frozen=True, slots=True)
+class Width:
+    """How large tables may become, which serving pays for."""
+
+    neighbours: int = NEIGHBOURS
+    ease: int = 100
+    ease_gb: float = EASE_GB
+
+
+@dataclass(frozen=True, slots=True)
+class Past:
+    """What the models are fitted on."""
+
+    events: Interactions
+    now_ms: int
+    items: Items
+    category: npt.NDArray[np.int32]
+    """[n, depth]."""
+    profiles: Sequence[Mapping[str, str]]
+    width: Width
+    seed: int
+    note: Progress
+    losses: dict[str, list[tuple[float, float]]]
+    """Filled by the models that are learned in epochs."""
+
+
+def fit(
+    folder: Path,
+    catalog: pl.DataFrame,
+    log: Log,
+    cut_ms: int,
+    seed: int,
+    progress: Progress,
+    *,
+    models: Sequence[str] | None = None,
+    width: Width = Width(),
+) -> Fitted:
     """Writes catalog and sources, fitted on the events before `cut_ms`, into `folder`.
 
-    `log` holds the later events too: they tell which items were not there yet. Raises `DataError`.
+    `catalog` is `Tables.items`. `log` holds the later events too: they tell which items were not there yet. `models`
+    are names of `MODELS`, by default `STANDARD`. Raises `DataError`.
     """
     past = log.before(cut_ms)
-    items = listed(tables.items, log, cut_ms)
+    items = listed(catalog, log, cut_ms)
     if not len(items.key):
         raise DataError("no item was listed before the first cut: the history is too short to learn from")
     tensors, categories, brands = columns(items, past, cut_ms)
@@ -89,56 +151,136 @@ def fit(folder: Path, tables: Tables, log: Log, cut_ms: int, seed: int, progress
     if not STRENGTH[before.kind].any():
         raise DataError("no event before the first cut says what anybody wants: there is nothing to learn from")
     seconds: dict[str, float] = {}
-    losses: dict[str, list[tuple[float, float]]] = {}
-
-    def timed(name: str) -> Callable[[], None]:
+    given = Past(before, cut_ms, items, tensors["category"].numpy(), past.profiles, width, seed, progress, {})
+    for name in STANDARD if models is None else models:
         progress(name)
         begun = time.monotonic()
-        return lambda: seconds.update({name: round(time.monotonic() - begun, 1)})
-
-    own = Neighbours(np.arange(len(items.key), dtype=np.int32)[:, None], np.ones((len(items.key), 1), np.float32))
-    _neighbours(draft, "history", own, Anchors(weights=INTEREST, half_life_days=90, limit=WINDOW))
-
-    done = timed("ease")
-    if (table := ease.fit(before, now_ms=cut_ms, memory_gb=EASE_GB)) is not None:
-        _neighbours(draft, "ease", table, Anchors(weights=INTEREST, half_life_days=60, limit=64))
-    done()
-    done = timed("discovery")
-    table = discovery.fit(before, now_ms=cut_ms, k=NEIGHBOURS)
-    _neighbours(draft, "discovery", table, Anchors(weights=INTEREST, half_life_days=365, limit=64))
-    done()
-    done = timed("item_cf")
-    table = item_cf.fit(before, k=NEIGHBOURS)
-    _neighbours(draft, "item_cf", table, Anchors(weights=INTEREST, half_life_days=30, limit=32))
-    # The same table asked about the last hours alone: what the shopper is after right now.
-    _neighbours(draft, "session", table, Anchors(weights=INTEREST, half_life_days=0.25, limit=8), shared="item_cf")
-    done()
-
-    done = timed("two_tower")
-    if len(before.user) >= TOWERS_FROM:
-        towers = two_tower.fit(
-            before,
-            features=content.features(items.frame),
-            profiles=past.profiles,
-            seed=seed,
-            on_epoch=lambda epoch, train, valid: progress(
-                f"two_tower, epoch {epoch}: loss {train:.3f}, validation {valid:.3f}"
-            ),
-        )
-        losses["two_tower"] = [(float(a), float(b)) for a, b in towers.losses]
-        _vectors(draft, "two_tower", towers, seed)
-    done()
-
-    done = timed("content")
-    table = content.fit(items.frame, k=NEIGHBOURS)
-    _neighbours(draft, "content", table, Anchors(weights=INTEREST, half_life_days=7, limit=16))
-    done()
-
-    _list(draft, "trending", _decayed(before, cut_ms, half_life_days=5.0))
-    _list(draft, "popular", _decayed(before, cut_ms, half_life_days=365.0))
-    _list(draft, "new", items.created_ms / MS_PER_DAY)
+        MODELS[name](draft, given)
+        seconds[name] = round(time.monotonic() - begun, 1)
     draft.scenes = scenes([source.name for source in draft.sources])
-    return Fitted(draft, items, losses, seconds)
+    return Fitted(draft, items, given.losses, seconds)
+
+
+def _history(draft: Draft, past: Past) -> None:
+    size = len(past.items.key)
+    own = Neighbours(np.arange(size, dtype=np.int32)[:, None], np.ones((size, 1), np.float32))
+    _neighbours(draft, "history", own, _anchors(90, WINDOW))
+
+
+def _ease(draft: Draft, past: Past) -> None:
+    table = ease.fit(past.events, now_ms=past.now_ms, k=past.width.ease, memory_gb=past.width.ease_gb)
+    if table is not None:
+        _neighbours(draft, "ease", table, _anchors(60, 64))
+
+
+def _rp3beta(draft: Draft, past: Past) -> None:
+    _neighbours(draft, "rp3beta", rp3beta.fit(past.events, k=past.width.neighbours), _anchors(60, 64))
+
+
+def _discovery(draft: Draft, past: Past) -> None:
+    table = discovery.fit(past.events, now_ms=past.now_ms, k=past.width.neighbours)
+    _neighbours(draft, "discovery", table, _anchors(365, 64))
+
+
+def _item_cf(draft: Draft, past: Past) -> None:
+    _neighbours(draft, "item_cf", item_cf.fit(past.events, k=past.width.neighbours), _anchors(30, 32))
+    # The same table asked about the last hours alone: what the shopper is after right now.
+    draft.sources.append(NeighbourSpec(name="session", table="item_cf.safetensors", anchors=_anchors(0.25, 8)))
+
+
+def _transitions(draft: Draft, past: Past) -> None:
+    _neighbours(draft, "transitions", transitions.fit(past.events, k=past.width.neighbours), _anchors(7, 16, 1.2))
+
+
+def _covisits(draft: Draft, past: Past) -> None:
+    _neighbours(draft, "covisits", covisits.fit(past.events, k=past.width.neighbours), _anchors(7, 16, 2.1))
+
+
+def _session_knn(draft: Draft, past: Past) -> None:
+    _baskets(draft, "session_knn", session_knn.fit(past.events), _anchors(7, 16, 2.1))
+
+
+def _user_knn(draft: Draft, past: Past) -> None:
+    _baskets(draft, "user_knn", session_knn.fit(past.events, idle_minutes=None), _anchors(60, 64))
+
+
+def _two_tower(draft: Draft, past: Past) -> None:
+    if len(past.events.user) >= TOWERS_FROM:
+        towers = two_tower.fit(
+            past.events,
+            features=content.features(past.items.frame),
+            profiles=past.profiles,
+            seed=past.seed,
+            on_epoch=_noted(past, "two_tower"),
+        )
+        _vectors(draft, "two_tower", towers, past)
+
+
+def _content(draft: Draft, past: Past) -> None:
+    _neighbours(draft, "content", content.fit(past.items.frame, k=past.width.neighbours), _anchors(7, 16))
+
+
+def _complements(draft: Draft, past: Past) -> None:
+    table = complements.fit(past.events, past.items.frame, k=past.width.neighbours)
+    _neighbours(draft, "complements", table, _anchors(30, 16))
+
+
+def _popularity(draft: Draft, past: Past) -> None:
+    lists_of = {
+        "trending": lists.popular(past.events, now_ms=past.now_ms, half_life_days=5.0, k=LIST_LENGTH),
+        "popular": lists.popular(past.events, now_ms=past.now_ms, k=LIST_LENGTH),
+        "new": lists.new(past.items.created_ms, k=LIST_LENGTH),
+    }
+    for name, made in lists_of.items():
+        length = int((made.rows[0] >= 0).sum())
+        tensors = {"rows": torch.from_numpy(made.rows[0, :length]), "scores": torch.from_numpy(made.scores[0, :length])}
+        draft.sources.append(ListSpec(name=name, rows=draft.save(f"{name}.safetensors", tensors)))
+
+
+def _category(draft: Draft, past: Past) -> None:
+    """What is popular in the category of an item, as its neighbours."""
+    depth = (past.category >= 0).sum(1)
+    leaf = np.where(depth > 0, past.category[np.arange(len(depth)), np.maximum(depth - 1, 0)], -1)
+    by = lists.by_category(past.events, leaf[:, None], now_ms=past.now_ms, half_life_days=30.0, k=past.width.neighbours)
+    place = np.searchsorted(by.groups, leaf).clip(max=len(by.groups) - 1)
+    has = (leaf >= 0) & (by.groups[place] == leaf)
+    if has.any():
+        best = np.maximum(by.scores[:, :1], 1e-9)
+        rows = np.where(has[:, None], by.rows[place], -1)
+        _neighbours(
+            draft, "category", Neighbours(rows, np.where(rows >= 0, (by.scores / best)[place], 0)), _anchors(7, 16)
+        )
+
+
+def _segment(draft: Draft, past: Past) -> None:
+    """What is popular among people of the same age band, region, ..., where users have such attributes."""
+    by = lists.by_segment(past.events, past.profiles, now_ms=past.now_ms)
+    if len(by.groups) > 1:
+        tensors = {"groups": by.groups, "rows": by.rows, "scores": by.scores}
+        file = draft.save("segment.safetensors", {name: torch.from_numpy(column) for name, column in tensors.items()})
+        draft.sources.append(ListSpec(name="segment", rows=file))
+
+
+MODELS: Mapping[str, Callable[[Draft, Past], None]] = {
+    "history": _history,
+    "ease": _ease,
+    "rp3beta": _rp3beta,
+    "user_knn": _user_knn,
+    "discovery": _discovery,
+    "item_cf": _item_cf,
+    "session_knn": _session_knn,
+    "transitions": _transitions,
+    "covisits": _covisits,
+    "two_tower": _two_tower,
+    "content": _content,
+    "complements": _complements,
+    "category": _category,
+    "segment": _segment,
+    "popularity": _popularity,
+}
+"""Each adds its sources to the draft, or none where the past does not allow it."""
+
+STANDARD = ("history", "ease", "discovery", "item_cf", "two_tower", "content", "popularity")
 
 
 def scenes(sources: list[str]) -> dict[str, Scene]:
@@ -158,26 +300,39 @@ def scenes(sources: list[str]) -> dict[str, Scene]:
     }
 
 
-def _neighbours(draft: Draft, name: str, table: Neighbours, anchors: Anchors, shared: str | None = None) -> None:
-    file = f"{shared or name}.safetensors"
-    if shared is None:
-        draft.save(file, {"rows": torch.from_numpy(table.rows), "weights": torch.from_numpy(table.weights).half()})
+def _anchors(half_life_days: float, limit: int, half_life_events: float | None = None) -> Anchors:
+    return Anchors(weights=INTEREST, half_life_days=half_life_days, half_life_events=half_life_events, limit=limit)
+
+
+def _noted(past: Past, name: str) -> Callable[[int, float, float], None]:
+    losses = past.losses.setdefault(name, [])
+
+    def on_epoch(epoch: int, train: float, valid: float) -> None:
+        losses.append((float(train), float(valid)))
+        past.note(f"{name}, epoch {epoch}: loss {train:.3f}, validation {valid:.3f}")
+
+    return on_epoch
+
+
+def _neighbours(draft: Draft, name: str, table: Neighbours, anchors: Anchors) -> None:
+    tensors = {"rows": torch.from_numpy(table.rows), "weights": torch.from_numpy(table.weights).half()}
+    file = draft.save(f"{name}.safetensors", tensors)
     draft.sources.append(NeighbourSpec(name=name, table=file, anchors=anchors))
 
 
-def _list(draft: Draft, name: str, score: npt.NDArray[np.float64]) -> None:
-    best = np.argsort(-score, kind="stable")[:LIST_LENGTH]
-    best = best[score[best] > 0]
+def _baskets(draft: Draft, name: str, made: session_knn.Baskets, anchors: Anchors) -> None:
     tensors = {
-        "rows": torch.from_numpy(best.astype(np.int32)),
-        "scores": torch.from_numpy(score[best].astype(np.float32)),
+        "of_item": torch.from_numpy(made.of_item),
+        "of_weights": torch.from_numpy(made.of_weights).half(),
+        "items": torch.from_numpy(made.items),
+        "weights": torch.from_numpy(made.weights).half(),
     }
-    draft.sources.append(ListSpec(name=name, rows=draft.save(f"{name}.safetensors", tensors)))
+    draft.sources.append(BasketSpec(name=name, table=draft.save(f"{name}.safetensors", tensors), anchors=anchors))
 
 
-def _vectors(draft: Draft, name: str, towers: Vectors, seed: int) -> None:
+def _vectors(draft: Draft, name: str, towers: Vectors, past: Past) -> None:
     vectors = np.ascontiguousarray(towers.items, np.float32)
-    kind, recall = build_index(vectors, vectors, draft.path / f"{name}.faiss", seed)
+    kind, recall = build_index(vectors, vectors, draft.path / f"{name}.faiss", past.seed)
     draft.sources.append(
         VectorSpec(
             name=name,
@@ -190,16 +345,3 @@ def _vectors(draft: Draft, name: str, towers: Vectors, seed: int) -> None:
             profile=towers.profile,
         )
     )
-
-
-def _decayed(past: Interactions, now_ms: int, half_life_days: float) -> npt.NDArray[np.float64]:
-    """How much each item is wanted, old events counting less; each user counts once an item and kind."""
-    user, row, ts, kind, size = past
-    weight_by_kind = STRENGTH.astype(np.float64)
-    # Many look, few want: views are left to break ties.
-    weight_by_kind[list(VIEWS)] /= 10
-    _, last = np.unique(np.stack([user.astype(np.int64), row, kind])[:, ::-1], axis=1, return_index=True)
-    chosen = len(user) - 1 - last
-    age_days = (now_ms - ts[chosen]) / MS_PER_DAY
-    decayed = weight_by_kind[kind[chosen]] * 0.5 ** (age_days / half_life_days)
-    return np.bincount(row[chosen], decayed, minlength=size).astype(np.float64)

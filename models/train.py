@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from app.bundle import Bundle, publish, seal
+from app.bundle import Bundle, Draft, publish, seal
 from app.engine import Query
 from app.engine.features import feature_names
 from app.engine.pipeline import Pipeline
@@ -158,7 +158,7 @@ def train(
     for number, cut in enumerate(plan.cuts_ms, 1):
         note = _prefixed(progress, f"window {number}/{len(plan.cuts_ms)}: ")
         with tempfile.TemporaryDirectory() as folder:
-            fitted = fit(Path(folder), tables, whole, cut, seed, note)
+            fitted = fit(Path(folder), tables.items, whole, cut, seed, note)
             pipeline = Pipeline(seal(fitted.draft, "window"), torch.device("cpu"), BATCH)
             for name in LEARNED:
                 scene = fitted.draft.scenes[name]
@@ -193,10 +193,10 @@ def train(
     learned.clear()
 
     def write(folder: Path, version: str) -> Bundle:
-        fitted = fit(folder, tables, whole, end_ms, seed, _prefixed(progress, "final fit: "))
+        fitted = fit(folder, tables.items, whole, end_ms, seed, _prefixed(progress, "final fit: "))
         trained.losses.update(fitted.losses)
         trained.seconds.update(fitted.seconds)
-        _with_rankers(fitted, rankers)
+        with_rankers(fitted.draft, rankers)
         progress("recorded queries")
         _with_recorded(fitted, log, end_ms, seed)
         fitted.draft.metrics = {"candidate_recall": trained.candidate_recall, "losses": trained.losses}
@@ -215,8 +215,8 @@ def train(
     return publish(root, write, activate_it=activate), trained
 
 
-def _with_rankers(fitted: Fitted, rankers: Mapping[str, mlp.Mlp]) -> None:
-    draft = fitted.draft
+def with_rankers(draft: Draft, rankers: Mapping[str, mlp.Mlp]) -> None:
+    """Makes each ranker that of the scene of its name."""
     for name, ranker in rankers.items():
         scene = draft.scenes[name]
         features = feature_names([source.name for source in scene.sources], draft.statistics)

@@ -154,11 +154,12 @@ class Pipeline:
         self, scene: Scene, queries: Sequence[Query], states: Sequence[UserState], now_ms: int, degraded: list[str]
     ) -> list[Slate]:
         prepared = self.prepare(scene, queries, states, now_ms)
-        score = self._rank(scene, prepared)
+        score = self.rank(scene, prepared)
         position, score = rerank(prepared.batch, prepared.candidates, score, scene, self.catalog)
         return self._answers(scene, prepared, position, score, tuple(degraded + prepared.degraded))
 
-    def _rank(self, scene: Scene, prepared: Prepared) -> Tensor:
+    def rank(self, scene: Scene, prepared: Prepared) -> Tensor:
+        """float32 [M]: the scene's score of every candidate."""
         if not len(prepared.candidates.row):
             return torch.empty(0, device=self.device)
         weights = torch.tensor([source.weight for source in scene.sources], device=self.device)

@@ -9,7 +9,7 @@ import hashlib
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version as installed
 from pathlib import Path
@@ -30,7 +30,7 @@ from models.catalog import Items
 from models.data import DataError, Tables
 from models.data.log import Log
 from models.ranking import mlp
-from models.sources import WINDOW, Fitted, Progress, fit
+from models.sources import STANDARD, WINDOW, Fitted, Progress, fit
 
 BATCH = 32
 LEARNED = ("home", "buy_again")
@@ -136,12 +136,13 @@ def train(
     label_days: float | None = None,
     cut_ms: int | None = None,
     most_users: int = 3000,
+    models: Sequence[str] = STANDARD,
     progress: Progress = lambda step: None,
     activate: bool = True,
 ) -> tuple[Bundle, Trained]:
     """Trains on the events before `cut_ms` (default: all) and publishes the bundle in `root`.
 
-    Raises `DataError` when the history cannot teach anything.
+    `models` are names of `models.sources.MODELS`. Raises `DataError` when the history cannot teach anything.
     """
     begun = time.monotonic()
     torch.manual_seed(seed)
@@ -158,7 +159,7 @@ def train(
     for number, cut in enumerate(plan.cuts_ms, 1):
         note = _prefixed(progress, f"window {number}/{len(plan.cuts_ms)}: ")
         with tempfile.TemporaryDirectory() as folder:
-            fitted = fit(Path(folder), tables.items, whole, cut, seed, note)
+            fitted = fit(Path(folder), tables.items, whole, cut, seed, note, models=models)
             pipeline = Pipeline(seal(fitted.draft, "window"), torch.device("cpu"), BATCH)
             for name in LEARNED:
                 scene = fitted.draft.scenes[name]
@@ -193,7 +194,7 @@ def train(
     learned.clear()
 
     def write(folder: Path, version: str) -> Bundle:
-        fitted = fit(folder, tables.items, whole, end_ms, seed, _prefixed(progress, "final fit: "))
+        fitted = fit(folder, tables.items, whole, end_ms, seed, _prefixed(progress, "final fit: "), models=models)
         trained.losses.update(fitted.losses)
         trained.seconds.update(fitted.seconds)
         with_rankers(fitted.draft, rankers)
@@ -206,6 +207,7 @@ def train(
             "data_sha256": fingerprint(log),
             "cut_ms": end_ms,
             "seed": seed,
+            "models": models,
             "plan": asdict(plan),
             "code": code_version(),
             "seconds": trained.seconds | {"total": round(time.monotonic() - begun, 1)},

@@ -10,7 +10,7 @@ import torch
 from app.catalog import Catalog
 from app.engine import Query
 from app.engine.batch import Batch, PairSet, Scratch, collate
-from app.engine.features import HALF_LIFE_DAYS, INTEREST, NEVER_DAYS, compute, feature_names
+from app.engine.features import HALF_LIFE_DAYS, INTEREST, MINUTES, NEVER_DAYS, compute, feature_names
 from app.engine.merge import ABSENT, Candidates
 from app.state.events import EVENT, EventType, UserState, event_key, exclusions_of, item_key
 from tests.shelf import Item, shelf
@@ -140,7 +140,7 @@ def expected(query: int, item: Item, marks: Sequence[tuple[float, float]]) -> di
         "user.events": math.log1p(len(known)),
         "user.purchases": math.log1p(sum(kind is E.PURCHASE for _, kind, _, _ in known)),
         "user.items": math.log1p(total),
-        "user.recency": math.log1p(min([NEVER_DAYS, *(days for _, _, days, _ in known)])),
+        "user.recency": math.log1p(MINUTES * min([NEVER_DAYS, *(days for _, _, days, _ in known)])),
         "user.price": mean,
         "own.quantity": math.log1p(sum(n for of, kind, _, n in known if of.id == item.id and kind is E.PURCHASE)),
         "affinity.category": share([w for of, w in taste if leaf(item) and leaf(of) == leaf(item)]),
@@ -155,7 +155,7 @@ def expected(query: int, item: Item, marks: Sequence[tuple[float, float]]) -> di
         ("purchases", (E.PURCHASE,)),
     ):
         found[f"own.{name}"] = math.log1p(len(did(*kinds)))
-        found[f"own.{name}.recency"] = math.log1p(min([NEVER_DAYS, *did(*kinds)]))
+        found[f"own.{name}.recency"] = math.log1p(MINUTES * min([NEVER_DAYS, *did(*kinds)]))
     return found
 
 
@@ -179,11 +179,11 @@ def test_some_numbers_by_hand(catalog: Catalog, form: str) -> None:
     rows = computed(catalog, form)
     tea, gift_of_a_stranger = rows[0], rows[6]
     assert tea["own.views"] == pytest.approx(math.log(3))
-    assert tea["own.views.recency"] == pytest.approx(math.log(2))
+    assert tea["own.views.recency"] == pytest.approx(math.log(1 + 1440))
     assert tea["own.purchases"] == pytest.approx(math.log(3))
-    assert tea["own.purchases.recency"] == pytest.approx(math.log(4))
+    assert tea["own.purchases.recency"] == pytest.approx(math.log(1 + 3 * 1440))
     assert tea["own.quantity"] == pytest.approx(math.log(6))
-    assert tea["own.carts.recency"] == pytest.approx(math.log(1001))
+    assert tea["own.carts.recency"] == pytest.approx(math.log(1 + 1000 * 1440))
     assert tea["user.events"] == pytest.approx(math.log(11))
     assert tea["cf.score"] == pytest.approx(math.log(201))
     assert tea["towers.share"] == pytest.approx(-2 / 3)

@@ -29,7 +29,7 @@ INTEREST: dict[EventType, float] = {
 }
 """How much an event says about the shopper's taste in categories, brands and prices."""
 HALF_LIFE_DAYS = 30.0
-NEVER_DAYS = float(kernels.NEVER_DAYS)
+NEVER_DAYS, MINUTES = float(kernels.NEVER_DAYS), float(kernels.MINUTES)
 
 _OWN = ("views", "carts", "purchases")
 _OWN_OF = {
@@ -145,7 +145,7 @@ def _user(batch: Batch, catalog: Catalog) -> tuple[Tensor, Tensor]:
     recency = torch.full((1, size), NEVER_DAYS, device=device)
     recency.scatter_reduce_(1, batch.query[None], batch.age_days[None], "amin")
     mean_price = sums[3:4] / sums[4:].clamp(min=1e-9)
-    return torch.cat([torch.log1p(torch.cat([sums[:3], recency])), mean_price]), weight
+    return torch.cat([torch.log1p(torch.cat([sums[:3], MINUTES * recency])), mean_price]), weight
 
 
 def _own(batch: Batch, candidates: Candidates, pairs: PairSet) -> Tensor:
@@ -160,7 +160,7 @@ def _own(batch: Batch, candidates: Candidates, pairs: PairSet) -> Tensor:
     recency.scatter_reduce_(0, cell, batch.age_days.index_select(0, hit), "amin")
     quantity = torch.zeros(groups * size, device=device).index_add_(0, cell, batch.quantity.index_select(0, hit))
     shape = (groups, size)
-    by_group = torch.stack([counts.view(shape)[:_OTHER], recency.view(shape)[:_OTHER]], 1).flatten(0, 1)
+    by_group = torch.stack([counts.view(shape)[:_OTHER], MINUTES * recency.view(shape)[:_OTHER]], 1).flatten(0, 1)
     return torch.log1p(torch.cat([by_group, quantity.view(shape)[_OTHER - 1 : _OTHER]]))
 
 

@@ -35,7 +35,9 @@ COUNTED = 1024
 ABSENT = np.float32(10_000.0)
 """The rank of an item in a source that does not propose it."""
 NEVER_DAYS = np.float32(1000.0)
-"""Stands for 'never' where a feature is a number of days."""
+"""Stands for 'never' where a feature is how long ago something was."""
+MINUTES = np.float32(1440.0)
+"""Of a day: how long ago is counted in them, for the order of clicks within a session says much."""
 GROUPS = 3
 """Leaf category, department, brand."""
 OWN = 3
@@ -443,7 +445,7 @@ def features(
     counts, recency = np.empty((longest, OWN + 1), np.float32), np.empty((longest, OWN + 1), np.float32)
     bought = np.empty(longest, np.float32)
     in_group = np.zeros(group_count, np.float32)
-    never = np.log(np.float32(1) + NEVER_DAYS)
+    never = np.log(np.float32(1) + MINUTES * NEVER_DAYS)
     for one in range(size):
         events = begin[one + 1] - begin[one]
         purchases, weight, priced, prices = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
@@ -478,7 +480,7 @@ def features(
             np.log(np.float32(1 + events)),
             np.log(np.float32(1) + purchases),
             np.log(np.float32(1) + weight),
-            np.log(np.float32(1) + latest),
+            np.log(np.float32(1) + MINUTES * latest),
             mean_price,
         )
         for candidate in range(candidates[one], candidates[one + 1]):
@@ -512,7 +514,7 @@ def features(
             if mine >= 0:
                 for part in range(OWN):
                     out[own + 2 * part] = np.log(np.float32(1) + counts[mine, part])
-                    out[own + 2 * part + 1] = np.log(np.float32(1) + recency[mine, part])
+                    out[own + 2 * part + 1] = np.log(np.float32(1) + MINUTES * recency[mine, part])
                 out[own + 2 * OWN] = np.log(np.float32(1) + bought[mine])
             else:
                 for part in range(OWN):

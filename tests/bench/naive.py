@@ -28,7 +28,7 @@ from pydantic import BaseModel
 
 from app.bundle import Anchors, Bundle, ListSpec, NeighbourSpec, VectorSpec, open_bundle
 from app.engine.batch import profile_codes
-from app.engine.features import HALF_LIFE_DAYS, INTEREST, NEVER_DAYS
+from app.engine.features import HALF_LIFE_DAYS, INTEREST, MINUTES, NEVER_DAYS
 from app.engine.merge import ABSENT
 from app.engine.program import load_program
 from app.engine.recall import DEPTH
@@ -219,7 +219,7 @@ class Naive:
         mean_price = (priced * paid).sum() / max(priced.sum(), 1e-9)
         bought = history.kind == EventType.PURCHASE
         recency = history.age_days.min() if len(history.row) else NEVER_DAYS
-        user = [np.log1p(len(history.row)), np.log1p(bought.sum()), np.log1p(weight.sum()), np.log1p(recency)]
+        user = [np.log1p(len(history.row)), np.log1p(bought.sum()), np.log1p(weight.sum()), np.log1p(MINUTES * recency)]
 
         place = np.searchsorted(candidates, history.row).clip(max=size - 1)
         hit = np.flatnonzero(candidates[place] == history.row)
@@ -229,7 +229,7 @@ class Naive:
             mine = np.isin(kind, kinds)
             days = np.full(size, NEVER_DAYS)
             np.minimum.at(days, place[mine], age_days[mine])
-            own += [np.log1p(np.bincount(place[mine], minlength=size)), np.log1p(days)]
+            own += [np.log1p(np.bincount(place[mine], minlength=size)), np.log1p(MINUTES * days)]
         bought = kind == EventType.PURCHASE
         own.append(np.log1p(np.bincount(place[bought], history.quantity[hit][bought], size)))
 

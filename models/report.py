@@ -74,7 +74,7 @@ def bars(title: str, rows: Sequence[Bar]) -> Element:
     for place, (row, end) in enumerate(zip(rows, ends, strict=True)):
         y = place * ROW + 6
         label = row.label if len(row.label) <= 34 else row.label[:33] + "…"
-        drawn.append(e("text", label, x=LABEL - 8 - x(0) + x(low), y=y + 12, text_anchor="end"))
+        drawn.append(e("text", label, x=LABEL - 8, y=y + 12, text_anchor="end"))
         if row.value is None:
             continue
         left, right = sorted((x(0), x(row.value)))

@@ -146,8 +146,10 @@ class Sheet:
     rows: Sequence[Sequence[str]]
 
     def markdown(self) -> str:
-        head = [["", *self.columns[1:]], ["---", *["---:"] * (len(self.columns) - 1)]]
-        return f"{self.title}: {self.note}\n\n" + "".join(f"| {' | '.join(row)} |\n" for row in [*head, *self.rows])
+        # What a shop calls its categories may hold what ends a cell or a line.
+        rows = [[" ".join(cell.replace("|", "\\|").split()) for cell in row] for row in self.rows]
+        head = [[*self.columns], ["---", *["---:"] * (len(self.columns) - 1)]]
+        return f"{self.title}: {self.note}\n\n" + "".join(f"| {' | '.join(row)} |\n" for row in [*head, *rows])
 
 
 def sheets(view: ViewResult) -> list[Sheet]:

@@ -10,7 +10,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from models.report import Bar, bars, curves, page, report
+from models.report import LABEL, Bar, bars, curves, page, report
 from models.result import (
     Ablated,
     ItemGroup,
@@ -18,6 +18,7 @@ from models.result import (
     Reliability,
     Result,
     Segment,
+    Sheet,
     SourceRecall,
     Spread,
     ViewResult,
@@ -140,6 +141,11 @@ def test_a_page_without_the_parts_that_may_be_missing() -> None:
     assert "<h3>Leaderboard</h3>" in text
 
 
+def test_a_table_in_markdown_keeps_its_columns() -> None:
+    text = Sheet("Items", "a note", ("items", "count"), [("a|b\nc", "1")]).markdown()
+    assert text == "Items: a note\n\n| items | count |\n| --- | ---: |\n| a\\|b c | 1 |\n"
+
+
 def test_bars_lie_where_their_values_say() -> None:
     drawn = bars("t", [Bar("a", 0.5, (0.4, 0.6)), Bar("b", -0.25), Bar("c", None), Bar("d", 1.0, tick=0.5)])
     zero = float(drawn.find("line").get("x1"))  # type: ignore[union-attr, arg-type]
@@ -151,6 +157,7 @@ def test_bars_lie_where_their_values_say() -> None:
     (tick,) = (line for line in drawn.iter("line") if line.get("class") == "tick")
     middle = (float(whisker.get("x1", 0)) + float(whisker.get("x2", 0))) / 2
     assert [middle, float(tick.get("x1", 0))] == pytest.approx([zero + whole[1] / 2] * 2, abs=0.3)
+    assert {text.get("x") for text in drawn.iter("text") if text.get("text-anchor") == "end"} == {str(LABEL - 8)}
     assert bars("nothing", []).tag == "svg"
 
 

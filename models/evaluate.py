@@ -10,7 +10,7 @@ import torch
 from scipy.sparse import csr_matrix
 from torch import Tensor
 
-from app.bundle import Bundle, RankerSpec, VectorSpec
+from app.bundle import Bundle, VectorSpec
 from app.engine import Query
 from app.engine.merge import ABSENT, Candidates
 from app.engine.pipeline import Pipeline, Prepared
@@ -23,9 +23,9 @@ from models.catalog import Items, listed
 from models.data import Tables
 from models.data.log import Log
 from models.metrics import (
+    Bin,
     Catalog,
     Interval,
-    Reliability,
     Row,
     Scores,
     bootstrap,
@@ -75,7 +75,7 @@ class View:
     spreads: Sequence[Spread]
     items: Sequence[ItemGroup]
     ablation: Sequence[Ablated]
-    reliability: Reliability | None
+    reliability: Sequence[Bin]
 
     def result(self) -> ViewResult:
         return ViewResult(
@@ -96,7 +96,7 @@ class View:
             items=tuple(self.items),
             sources=tuple(self.sources),
             ablation=tuple(self.ablation),
-            reliability=self.reliability,
+            reliability=tuple(self.reliability),
         )
 
 
@@ -248,7 +248,7 @@ def judge(
                 spreads,
                 by_item,
                 ablation,
-                _reliability(bundle, scene, shown, score[: len(users)], relevant),
+                reliability_of(shown, score[: len(users)], relevant) if calibrated(bundle, scene) else (),
             )
         )
     return views
@@ -461,24 +461,16 @@ def feature_groups(features: Sequence[str], sources: Sequence[str]) -> dict[str,
     return groups
 
 
-def _reliability(
-    bundle: Bundle,
-    scene: Scene,
-    found: Ints,
-    score: npt.NDArray[np.float64],
-    relevant: Sequence[Ints],
-) -> Reliability | None:
-    """Of the served scores, where the ranker says that they are probabilities."""
+def reliability_of(found: Ints, log_odds: npt.NDArray[np.float64], relevant: Sequence[Ints]) -> list[Bin]:
+    """Of the items of the slates [U, LIMIT], from their scores."""
+    hit = np.array([np.isin(slate, items) for slate, items in zip(found, relevant, strict=True)]).reshape(found.shape)
+    return reliability(1 / (1 + np.exp(-log_odds[found >= 0])), hit[found >= 0])
+
+
+def calibrated(bundle: Bundle, scene: Scene) -> bool:
+    """Whether the scene's scores are log-odds of being wanted; no ranker of this bundle format says so yet."""
     spec = next((spec for spec in bundle.manifest.rankers if spec.name == scene.ranker), None)
-    if spec is None or scene.diversity or not says_probability(spec) or not (found >= 0).any():
-        return None
-    hit = np.array([np.isin(slate, items) for slate, items in zip(found, relevant, strict=True)])
-    return reliability(score[found >= 0], hit[found >= 0])
-
-
-def says_probability(spec: RankerSpec) -> bool:
-    """Whether the ranker's scores are calibrated probabilities of relevance; no ranker of this format says so yet."""
-    return bool(getattr(spec, "calibrated", False))
+    return not scene.diversity and bool(getattr(spec, "calibrated", False))
 
 
 def _row(name: str, scores: Scores, seed: int) -> Row:

@@ -67,16 +67,14 @@ class Gap(NamedTuple):
     """What 95 of 100 random splits into segments of these sizes stay under: a smaller gap says nothing."""
 
 
-class Reliability(NamedTuple):
-    """Probabilities against what happened, in bins of equal width over 0..1; empty bins are left out."""
+class Bin(NamedTuple):
+    """Items of about the same probability: a point of the reliability diagram."""
 
-    predicted: tuple[float, ...]
-    """Mean probability of each bin."""
-    observed: tuple[float, ...]
-    """Share of the bin that was relevant."""
-    counts: tuple[int, ...]
-    ece: float
-    """Expected calibration error: mean |predicted - observed|, weighted by the counts."""
+    candidates: int
+    predicted: float
+    """Mean probability."""
+    wanted: float
+    """Share that was wanted."""
 
 
 class Row(NamedTuple):
@@ -206,21 +204,21 @@ def gap(per_user: Vector, segment: Ints, n: int = 1000, seed: int = 0) -> Gap:
     return Gap(int(codes[best]), int(codes[worst]), value, interval, float(np.percentile(shuffled, 95)))
 
 
-def reliability(probability: Vector, relevant: npt.NDArray[np.bool_], bins: int = 10) -> Reliability:
-    """How far served probabilities hold (Naeini, Cooper and Hauskrecht, AAAI 2015).
+def reliability(probability: Vector, wanted: npt.NDArray[np.bool_], bins: int = 10) -> list[Bin]:
+    """How far probabilities hold, in bins of equally many items, ascending (Nguyen and O'Connor, EMNLP 2015).
 
-    Raises `ValueError` for a score that is no probability.
+    Raises `ValueError` for a score outside 0..1.
     """
     if not ((probability >= 0) & (probability <= 1)).all():
         raise ValueError("a score outside 0..1 is no probability")
-    place = np.minimum((probability * bins).astype(np.int64), bins - 1)
-    counts = np.bincount(place, minlength=bins)
-    filled = counts > 0
-    predicted = np.bincount(place, probability, bins)[filled] / counts[filled]
-    observed = np.bincount(place, relevant, bins)[filled] / counts[filled]
-    counts = counts[filled]
-    ece = float(np.abs(predicted - observed) @ counts / counts.sum()) if len(counts) else float("nan")
-    return Reliability(tuple(predicted.tolist()), tuple(observed.tolist()), tuple(counts.tolist()), ece)
+    parts = np.array_split(np.argsort(probability, kind="stable"), bins)
+    return [Bin(len(p), float(probability[p].mean()), float(wanted[p].mean())) for p in parts if len(p)]
+
+
+def calibration_error(bins: Sequence[Bin]) -> float:
+    """Expected calibration error: mean |predicted - wanted| over the items (Naeini, Cooper, Hauskrecht, AAAI 2015)."""
+    total = sum(each.candidates for each in bins)
+    return sum(each.candidates * abs(each.predicted - each.wanted) for each in bins) / total if total else float("nan")
 
 
 def table(rows: Sequence[Row], columns: Sequence[str] = COLUMNS) -> Table:

@@ -14,6 +14,7 @@ from xml.etree.ElementTree import Element, tostring
 import typer
 
 from models.commands import one_line_errors, written
+from models.metrics import calibration_error
 from models.result import Range, Result, Sheet, ViewResult, leaderboard, read, sheets
 
 STYLE = """
@@ -144,12 +145,13 @@ def _view(view: ViewResult) -> list[Element]:
     for sheet in (board, *sheets(view)):
         found += [e("h3", sheet.title), e("p", sheet.note), *_charts(view, sheet.title), _table(sheet)]
     if view.reliability:
-        told = view.reliability
-        line = [*zip(told.predicted, told.observed, strict=True)]
-        exact = [(0.0, 0.0), (1.0, 1.0)]
+        served = sum(each.candidates for each in view.reliability)
+        line = [(each.predicted, each.wanted) for each in view.reliability]
+        end = max(max(point) for point in line)
+        exact = [(0.0, 0.0), (end, end)]
         found += [
             e("h3", "Reliability"),
-            e("p", f"Expected calibration error {told.ece:.4f} over {sum(told.counts):,} served items."),
+            e("p", f"Calibration error {calibration_error(view.reliability):.4f} over {served:,} served items."),
             curves("share that was wanted, by predicted probability", [("served", line), ("exact", exact)]),
         ]
     return found

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from models.data import DataError
-from models.metrics import COLUMNS, Reliability
+from models.metrics import COLUMNS, Bin
 
 Number = Annotated[float | None, BeforeValidator(lambda value: None if value != value else value)]
 """None where nothing can be said: JSON has no NaN."""
@@ -107,7 +107,8 @@ class ViewResult(_Part):
     items: tuple[ItemGroup, ...]
     sources: tuple[SourceRecall, ...]
     ablation: tuple[Ablated, ...] = ()
-    reliability: Reliability | None = None
+    reliability: tuple[Bin, ...] = ()
+    """Of the served items, where the ranker says how likely each is wanted."""
 
 
 class Result(_Part):

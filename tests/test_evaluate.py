@@ -23,9 +23,11 @@ from models.evaluate import (
     _attributes,
     ablated,
     by_source,
+    calibrated,
     feature_groups,
     item_groups,
     judge,
+    reliability_of,
     result,
     segmented,
     slates,
@@ -265,6 +267,16 @@ def test_ablation_of_a_learned_fusion(tiny: Bundle, visitors: Log) -> None:
     for source in ("history", "item_cf"):
         assert np.array_equal(found["source", source][3], full[3])
     assert not np.array_equal(found["source", "history"][:3], full[:3])
+
+
+def test_reliability_of_the_served(tiny: Bundle, views: Mapping[str, View]) -> None:
+    found = np.array([[4, 5, -1], [6, -1, -1]])
+    log_odds = np.array([[np.log(3), 0.0, np.nan], [-np.log(3), np.nan, np.nan]])
+    bins = reliability_of(found, log_odds, [np.array([4, 9]), np.array([7])])
+    assert bins == [(1, pytest.approx(0.25), 0.0), (1, 0.5, 0.0), (1, pytest.approx(0.75), 1.0)]
+    # The scores of these rankers are no log-odds, and none is taken for one.
+    assert not calibrated(tiny, tiny.manifest.scenes["home"])
+    assert not views["new"].reliability
 
 
 def test_ablation_leaves_its_loss_in_the_view(bundle: Bundle, shop: Tables, views: Mapping[str, View]) -> None:

@@ -15,6 +15,7 @@ from models.metrics import (
     Interval,
     Row,
     bootstrap,
+    calibration_error,
     evaluate,
     gap,
     gini,
@@ -230,12 +231,12 @@ def test_gap_between_the_best_and_the_worst_segment() -> None:
 
 
 def test_reliability_by_hand() -> None:
-    probability = np.array([0.05, 0.15, 0.15, 0.95, 1.0])
-    found = reliability(probability, np.array([False, True, False, True, True]))
-    assert found.predicted == pytest.approx((0.05, 0.15, 0.975))
-    assert found.observed == (0.0, 0.5, 1.0)
-    assert found.counts == (1, 2, 2)
-    assert found.ece == pytest.approx((0.05 + 2 * 0.35 + 2 * 0.025) / 5)
+    probability = np.array([0.9, 0.1, 0.2, 0.7, 0.3])
+    bins = reliability(probability, np.array([True, False, True, True, False]), bins=2)
+    assert bins == [(3, pytest.approx(0.2), pytest.approx(1 / 3)), (2, pytest.approx(0.8), 1.0)]
+    assert calibration_error(bins) == pytest.approx((3 * (1 / 3 - 0.2) + 2 * 0.2) / 5)
+    assert len(reliability(probability, np.zeros(5, bool))) == 5
+    assert math.isnan(calibration_error(reliability(np.array([]), np.array([], bool))))
     with pytest.raises(ValueError, match="no probability"):
         reliability(np.array([1.5]), np.array([True]))
 
@@ -244,8 +245,8 @@ def test_probabilities_that_hold_are_reliable() -> None:
     rng = np.random.default_rng(0)
     probability = rng.uniform(size=20_000)
     relevant = rng.uniform(size=20_000) < probability
-    assert reliability(probability, relevant).ece < 0.02
-    assert reliability(probability**2, relevant).ece > 0.1
+    assert calibration_error(reliability(probability, relevant)) < 0.02
+    assert calibration_error(reliability(probability**2, relevant)) > 0.1
 
 
 def test_reports() -> None:

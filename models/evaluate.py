@@ -218,8 +218,8 @@ def judge(
         progress(f"{view}: candidates")
         pairs = _wanted(pipeline, scene, past, users, relevant, shown, cut_ms)
         group = np.searchsorted([least for least, _ in HISTORY], events[users], "right") - 1
-        segments = segmented("history", [name for _, name in HISTORY], group.astype(np.int64), rows, seed)
-        segments += segmented("history", [HISTORY[0][1]], np.zeros(len(newcomers), np.int64), first, seed)
+        segments = segmented("history", [HISTORY[0][1]], np.zeros(len(newcomers), np.int64), first, seed)
+        segments += segmented("history", [name for _, name in HISTORY], group.astype(np.int64), rows, seed)
         spreads = []
         for attribute, values, codes in _attributes([log.profiles[user] for user in users]):
             segments += segmented(attribute, values, codes, rows, seed)

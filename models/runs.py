@@ -15,7 +15,7 @@ from app.bundle import MANIFEST, BundleError, Manifest, current, versions
 from app.settings import Settings
 from models.commands import Root, one_line_errors
 
-console = Console()
+LEAST_WIDTH = 200
 
 
 def manifest(root: Path, version: str) -> Manifest:
@@ -44,8 +44,8 @@ def flat(value: object, name: str = "") -> Iterator[tuple[str, str]]:
 
 
 def headline(metrics: Mapping[str, Any]) -> str:
-    """The metrics of a manifest on one line; of a model's losses, the best on validation."""
-    return ", ".join(f"{name} {value}" for name, value in flat(figures(metrics)))
+    """The metrics of a manifest, a line each; of a model's losses, the best on validation."""
+    return "\n".join(f"{name} {value}" for name, value in flat(figures(metrics)))
 
 
 def figures(metrics: Mapping[str, Any]) -> dict[str, Any]:
@@ -64,20 +64,21 @@ def figures(metrics: Mapping[str, Any]) -> dict[str, Any]:
 def listing(root: Path) -> Table:
     """A line a bundle, the newest first; the one that is served is marked with *."""
     table = Table("", "version", "created", "data", "events", "users", "items", "seconds", "code", "metrics", box=None)
-    for column in table.columns[4:8]:
-        column.justify = "right"
+    for number, column in enumerate(table.columns):
+        column.no_wrap = column.header not in ("code", "metrics")
+        column.justify = "right" if 4 <= number < 8 else "left"
     live = current(root)
     for version in reversed(versions(root)):
         mark = "*" if version == live else ""
         try:
             found = manifest(root, version)
         except BundleError as error:
-            table.add_row(mark, version, Text(str(error), style="red"))
+            table.add_row(mark, version, *[""] * 7, Text(str(error), style="red"))
             continue
         told = found.provenance
         cells = [
             version,
-            found.created_at,
+            found.created_at[:16].replace("T", " "),
             str(told.get("data_sha256", "-"))[:12],
             _count(told.get("events")),
             _count(told.get("users")),
@@ -111,6 +112,8 @@ def sides(found: Manifest) -> dict[str, dict[str, str]]:
 def comparison(root: Path, one: str, other: str) -> Table:
     """Both bundles side by side; of the parameters only those that differ, as there are hundreds."""
     table = Table("", "", one, other, box=None)
+    for column in table.columns:
+        column.overflow = "fold"
     left, right = (sides(manifest(root, version)) for version in (one, other))
     for section in left:
         names = list(left[section] | right[section])
@@ -138,4 +141,8 @@ def runs(
             raise BundleError("name two versions to compare, or none to list all")
         if not versions(root):
             raise BundleError(f"no bundle in {root}")
-        console.print(comparison(root, *pair) if pair else listing(root))
+        table = comparison(root, *pair) if pair else listing(root)
+        # Versions and fingerprints are there to be copied: a narrow terminal wraps lines, and cuts none.
+        console = Console()
+        console.width = max(console.width, LEAST_WIDTH)
+        console.print(table, soft_wrap=True)

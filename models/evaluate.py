@@ -205,7 +205,7 @@ def judge(
         rows, first = [], []
         for name, model in fitted.items():
             progress(f"{view}: {name} (implicit)")
-            found = baselines.recommend(model, matrix, np.array(users), LIMIT, "all" if scene.repeats else "new")
+            found = baselines.recommend(model, matrix, np.array(users, np.int64), LIMIT, "all" if scene.repeats else "new")
             rows.append(_row(f"implicit {name}", evaluate(found, relevant, catalog=catalog), seed))
         for name, variant in variants(scene).items():
             progress(f"{view}: {name}")

@@ -64,15 +64,15 @@ class Bar(NamedTuple):
 
 def bars(title: str, rows: Sequence[Bar]) -> Element:
     """Horizontal bars from zero, with their 95 % intervals as whiskers."""
-    ends = [[x for x in (0.0, row.value, *row.interval, row.tick) if x is not None] for row in rows]
-    low, high = min(map(min, ends), default=0.0), max(map(max, ends), default=0.0)
+    ends = [0.0, *(x for row in rows for x in (row.value, *row.interval, row.tick) if x is not None)]
+    low, high = min(ends), max(ends)
 
     def x(value: float) -> float:
         return round(LABEL + (value - low) / ((high - low) or 1.0) * (WIDTH - LABEL - 60), 1)
 
     height = ROW * len(rows) + 8
     drawn = [e("line", class_="grid", x1=x(0), x2=x(0), y1=0, y2=height)]
-    for place, (row, end) in enumerate(zip(rows, ends, strict=True)):
+    for place, row in enumerate(rows):
         y = place * ROW + 6
         label = row.label if len(row.label) <= 34 else row.label[:33] + "…"
         drawn.append(e("text", label, x=LABEL - 8, y=y + 12, text_anchor="end"))
@@ -85,7 +85,7 @@ def bars(title: str, rows: Sequence[Bar]) -> Element:
             drawn.append(e("line", class_="whisker", x1=x(row.interval[0]), x2=x(row.interval[1]), y1=y + 8, y2=y + 8))
         if row.tick is not None:
             drawn.append(e("line", class_="tick", x1=x(row.tick), x2=x(row.tick), y1=y - 2, y2=y + ROW - 4))
-        drawn.append(e("text", f"{row.value:.3f}", x=x(max(end)) + 6, y=y + 12))
+        drawn.append(e("text", f"{row.value:.3f}", x=WIDTH - 4, y=y + 12, text_anchor="end"))
     return e("svg", e("title", title), *drawn, viewBox=f"0 0 {WIDTH} {height}", width=WIDTH, role="img")
 
 

@@ -11,7 +11,7 @@ import typer
 from typer.testing import CliRunner
 
 from models.metrics import Bin
-from models.report import LABEL, Bar, bars, curves, page, report
+from models.report import LABEL, WIDTH, Bar, bars, curves, page, report
 from models.result import (
     Ablated,
     ItemGroup,
@@ -158,7 +158,8 @@ def test_bars_lie_where_their_values_say() -> None:
     (tick,) = (line for line in drawn.iter("line") if line.get("class") == "tick")
     middle = (float(whisker.get("x1", 0)) + float(whisker.get("x2", 0))) / 2
     assert [middle, float(tick.get("x1", 0))] == pytest.approx([zero + whole[1] / 2] * 2, abs=0.3)
-    assert {text.get("x") for text in drawn.iter("text") if text.get("text-anchor") == "end"} == {str(LABEL - 8)}
+    # Names end left of the plot, values at the page's edge, also where bars go left of zero.
+    assert {text.get("x") for text in drawn.iter("text")} == {str(LABEL - 8), str(WIDTH - 4)}
     assert bars("nothing", []).tag == "svg"
 
 

@@ -144,9 +144,6 @@ def evaluate(
     windows: Windows = 4,
     label_days: LabelDays = None,
     seed: Seed = 0,
-    ablation: Annotated[
-        bool, typer.Option("--ablation", help="Also judge the pipeline without each source and each group of features.")
-    ] = False,
     out: Annotated[Path | None, typer.Option(help="Write all that was found here, for `millirec report`.")] = None,
 ) -> None:
     """Judge every source, every fusion mode and the whole pipeline through the engine, beside implicit's models."""
@@ -163,7 +160,7 @@ def evaluate(
                     tables, root, seed=seed, windows=windows, label_days=label_days, cut_ms=cut_ms, progress=shown
                 )
                 report(bundle, trained)
-            views = judge(bundle, tables, cut_ms, days, shown, seed, ablate=ablation)
+            views = judge(bundle, tables, cut_ms, days, shown, seed)
         found = result_of(bundle, views, cut_ms, days)
     for view, stored in zip(views, found.views, strict=True):
         best = view.rows[-1].scores[HEADLINE]

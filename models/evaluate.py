@@ -166,13 +166,11 @@ def judge(
     days: float,
     progress: Progress,
     seed: int = 0,
-    *,
-    ablate: bool = False,
 ) -> list[View]:
     """Scores the bundle, trained on the events before the cut, on what its users did in the `days` after.
 
     The leaderboard is of the users with events on both sides of the cut; who came later is a segment of its own.
-    Items that the bundle does not know are misses. `ablate` also judges the pipeline without each of its parts.
+    Items that the bundle does not know are misses.
     """
     log = Log.from_tables(tables)
     pipeline = Pipeline(bundle, torch.device("cpu"), BATCH)
@@ -205,7 +203,9 @@ def judge(
         rows, first = [], []
         for name, model in fitted.items():
             progress(f"{view}: {name} (implicit)")
-            found = baselines.recommend(model, matrix, np.array(users, np.int64), LIMIT, "all" if scene.repeats else "new")
+            found = baselines.recommend(
+                model, matrix, np.array(users, np.int64), LIMIT, "all" if scene.repeats else "new"
+            )
             rows.append(_row(f"implicit {name}", evaluate(found, relevant, catalog=catalog), seed))
         for name, variant in variants(scene).items():
             progress(f"{view}: {name}")
@@ -229,13 +229,12 @@ def judge(
             for attribute, (names, codes) in kinds.items()
             for one in item_groups(attribute, names, codes, pairs, len(users), seed)
         ]
+        progress(f"{view}: ablation")
         ablation = []
-        if ablate:
-            progress(f"{view}: ablation")
-            for (part, name), rest in ablated(pipeline, scene, past, users, cut_ms).items():
-                left = evaluate(rest, relevant).per_user[HEADLINE]
-                loss = paired_bootstrap(best, left, seed=seed)
-                ablation.append(Ablated(part=part, name=name, ndcg=known_mean(left), loss=loss))
+        for (part, name), rest in ablated(pipeline, scene, past, users, cut_ms).items():
+            left = evaluate(rest, relevant).per_user[HEADLINE]
+            loss = paired_bootstrap(best, left, seed=seed)
+            ablation.append(Ablated(part=part, name=name, ndcg=known_mean(left), loss=loss))
         views.append(
             View(
                 view,

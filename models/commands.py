@@ -18,7 +18,9 @@ from app.settings import Settings
 from models.data import DataError, Tables, online_retail, read_tables
 from models.data.simulator import simulate as simulated
 from models.evaluate import HEADLINE, judge
+from models.evaluate import result as result_of
 from models.metrics import markdown
+from models.result import sheets
 from models.sources import Progress
 from models.train import Trained
 from models.train import train as trained_on
@@ -78,6 +80,15 @@ def tables_of(
     return tables
 
 
+def written(path: Path, text: str) -> None:
+    """Raises `DataError` where the file cannot be written."""
+    try:
+        # A lone surrogate, which an id of a shop may hold, has no bytes in UTF-8.
+        path.write_bytes(text.encode("utf-8", "replace"))
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from error
+
+
 def single_threaded() -> None:
     """One thread, so that training is reproducible by its seed."""
     torch.set_num_threads(1)
@@ -133,6 +144,7 @@ def evaluate(
     windows: Windows = 4,
     label_days: LabelDays = None,
     seed: Seed = 0,
+    out: Annotated[Path | None, typer.Option(help="Write all that was found here, for `millirec report`.")] = None,
 ) -> None:
     """Judge every source, every fusion mode and the whole pipeline through the engine, beside implicit's models."""
     single_threaded()
@@ -149,12 +161,18 @@ def evaluate(
                 )
                 report(bundle, trained)
             views = judge(bundle, tables, cut_ms, days, shown, seed)
-    for view in views:
+        found = result_of(bundle, views, cut_ms, days)
+    for view, stored in zip(views, found.views, strict=True):
         best = view.rows[-1].scores[HEADLINE]
         print(f"\n### {view.name}: {view.users} users, candidate recall {view.candidate_recall:.3f}\n")
         print(markdown(view.rows))
         name, (low, high) = min(view.leads.items(), key=lambda lead: lead[1][0])
         print(f"\npipeline {best:.4f}; its narrowest lead is over {name}, by {low:.4f} .. {high:.4f} (95 %, paired)")
+        for sheet in sheets(stored):
+            print(f"\n{sheet.markdown()}")
+    if out is not None:
+        with one_line_errors():
+            written(out, found.model_dump_json(indent=1))
 
 
 def simulate(

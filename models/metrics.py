@@ -45,7 +45,7 @@ class Scores:
     """Metrics of all slates together, such as `coverage@20`."""
 
     def __getitem__(self, name: str) -> float:
-        return self.overall[name] if name in self.overall else _mean(self.per_user[name])
+        return self.overall[name] if name in self.overall else known_mean(self.per_user[name])
 
 
 class Interval(NamedTuple):
@@ -53,6 +53,28 @@ class Interval(NamedTuple):
 
     low: float
     high: float
+
+
+class Gap(NamedTuple):
+    """How far the best segment of users is ahead of the worst."""
+
+    best: int
+    worst: int
+    value: float
+    interval: Interval
+    """Of the difference between these two."""
+    by_chance: float
+    """What 95 of 100 random splits into segments of these sizes stay under: a smaller gap says nothing."""
+
+
+class Bin(NamedTuple):
+    """Items of about the same probability: a point of the reliability diagram."""
+
+    candidates: int
+    predicted: float
+    """Mean probability."""
+    wanted: float
+    """Share that was wanted."""
 
 
 class Row(NamedTuple):
@@ -85,10 +107,9 @@ def evaluate(
       (self-information: Zhou et al. 2010);
     - diversity = 1 - mean cosine over the pairs of the list, or the share of pairs of different categories (intra-list
       diversity: Ziegler et al. 2005);
-    - long_tail = share of the listed items outside the head, the most popular items that together have 80 % of the
-      training interactions.
+    - long_tail = share of the listed items that `long_tail` names.
 
-    Over all: coverage = share of the catalog that is on any of the lists.
+    Over all: coverage = share of the catalog that is on any of the lists; gini = `gini` of the slots that items have.
 
     Raises `ValueError` for a cut-off beyond the slates' width, for lengths that do not match, for an
     item twice in a slate and for a relevant -1.
@@ -109,6 +130,7 @@ def evaluate(
             metrics["auc"] = _auc(listed != -1, hits[:, :k], relevants, len(catalog.interactions))
             metrics |= _quality(listed, catalog)
             overall[f"coverage@{k}"] = len(np.unique(listed[listed != -1])) / len(catalog.interactions)
+            overall[f"gini@{k}"] = gini(np.bincount(listed[listed != -1], minlength=len(catalog.interactions)))
         per_user |= {f"{name}@{k}": values for name, values in metrics.items()}
     return Scores(users, per_user, overall)
 
@@ -129,6 +151,74 @@ def paired_bootstrap(a: Vector, b: Vector, n: int = 1000, seed: int = 0) -> Inte
     if a.shape != b.shape:
         raise ValueError(f"{a.shape} and {b.shape} are not of the same users")
     return bootstrap(a - b, n, seed)
+
+
+def long_tail(interactions: Ints) -> npt.NDArray[np.bool_]:
+    """Which items [I] are not in the head, the most popular that together have 80 % of the interactions."""
+    popular_first = np.argsort(-interactions, kind="stable")
+    before = np.cumsum(interactions[popular_first]) - interactions[popular_first]
+    tail = np.empty(len(interactions), bool)
+    tail[popular_first] = before >= HEAD_SHARE * interactions.sum()
+    return tail
+
+
+def gini(exposure: npt.NDArray[np.number]) -> float:
+    """How unevenly the items share the exposure, [I]: 0 if evenly, (I - 1) / I if one has it all; NaN without any."""
+    total, size = float(exposure.sum()), len(exposure)
+    if not total:
+        return float("nan")
+    return float(np.arange(1 - size, size, 2) @ np.sort(exposure) / (size * total))
+
+
+def shares(owner: Ints, hit: npt.NDArray[np.bool_], users: int) -> Vector:
+    """By user, [users]: the share of their (user, item) pairs that are a hit; NaN for a user without a pair."""
+    return _ratio(np.bincount(owner, hit, users), np.bincount(owner, minlength=users))
+
+
+def gap(per_user: Vector, segment: Ints, n: int = 1000, seed: int = 0) -> Gap:
+    """The largest difference between the means of two segments; `segment` is a code a user, -1 for none.
+
+    Raises `ValueError` where fewer than two segments have a value.
+    """
+    kept = (segment >= 0) & ~np.isnan(per_user)
+    codes, place = np.unique(segment[kept], return_inverse=True)
+    values = per_user[kept]
+    if len(codes) < 2:
+        raise ValueError("a gap needs two segments")
+    counts = np.bincount(place)
+
+    def means(of: Vector) -> Vector:
+        return _ratio(np.bincount(place, of), counts)
+
+    found = means(values)
+    best, worst = int(found.argmax()), int(found.argmin())
+    rng = np.random.default_rng(seed)
+    high, low = values[place == best], values[place == worst]
+    drawn = [
+        high[rng.integers(len(high), size=len(high))].mean() - low[rng.integers(len(low), size=len(low))].mean()
+        for _ in range(n)
+    ]
+    shuffled = [float(np.ptp(means(rng.permutation(values)))) for _ in range(n)]
+    interval = Interval(*np.percentile(drawn, [2.5, 97.5]).tolist())
+    value = float(found[best] - found[worst])
+    return Gap(int(codes[best]), int(codes[worst]), value, interval, float(np.percentile(shuffled, 95)))
+
+
+def reliability(probability: Vector, wanted: npt.NDArray[np.bool_], bins: int = 10) -> list[Bin]:
+    """How far probabilities hold, in bins of equally many items, ascending (Nguyen and O'Connor, EMNLP 2015).
+
+    Raises `ValueError` for a score outside 0..1.
+    """
+    if not ((probability >= 0) & (probability <= 1)).all():
+        raise ValueError("a score outside 0..1 is no probability")
+    parts = np.array_split(np.argsort(probability, kind="stable"), bins)
+    return [Bin(len(p), float(probability[p].mean()), float(wanted[p].mean())) for p in parts if len(p)]
+
+
+def calibration_error(bins: Sequence[Bin]) -> float:
+    """Expected calibration error: mean |predicted - wanted| over the items (Naeini, Cooper, Hauskrecht, AAAI 2015)."""
+    total = sum(each.candidates for each in bins)
+    return sum(each.candidates * abs(each.predicted - each.wanted) for each in bins) / total if total else float("nan")
 
 
 def table(rows: Sequence[Row], columns: Sequence[str] = COLUMNS) -> Table:
@@ -193,10 +283,7 @@ def _quality(slates: Ints, catalog: Catalog) -> dict[str, Vector]:
     listed = filled.sum(1)
     total = catalog.interactions.sum()
     information = np.log2(max(total, 1)) - np.log2(np.maximum(catalog.interactions, 1))
-    popular_first = np.argsort(-catalog.interactions, kind="stable")
-    before = np.cumsum(catalog.interactions[popular_first]) - catalog.interactions[popular_first]
-    tail = np.empty(len(popular_first))
-    tail[popular_first] = before >= HEAD_SHARE * total
+    tail = long_tail(catalog.interactions)
     quality = {
         "novelty": _ratio((information[slates] * filled).sum(1), listed),
         "long_tail": _ratio((tail[slates] * filled).sum(1), listed),
@@ -224,7 +311,8 @@ def _ratio(sums: npt.NDArray[np.number], counts: npt.NDArray[np.integer]) -> Vec
     return ratios
 
 
-def _mean(per_user: Vector) -> float:
+def known_mean(per_user: Vector) -> float:
+    """The mean of what is not NaN, or NaN."""
     known = per_user[~np.isnan(per_user)]
     return float(known.mean()) if len(known) else float("nan")
 

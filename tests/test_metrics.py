@@ -10,7 +10,21 @@ from hypothesis import strategies as st
 from ir_measures import RR, P, Qrel, R, ScoredDoc, Success, nDCG
 from rich.console import Console
 
-from models.metrics import Catalog, Interval, Row, bootstrap, evaluate, markdown, paired_bootstrap, table
+from models.metrics import (
+    Catalog,
+    Interval,
+    Row,
+    bootstrap,
+    calibration_error,
+    evaluate,
+    gap,
+    gini,
+    markdown,
+    paired_bootstrap,
+    reliability,
+    shares,
+    table,
+)
 
 REFERENCE = {"precision": P, "recall": R, "ndcg": nDCG, "hr": Success, "mrr": RR}
 
@@ -179,6 +193,60 @@ def test_pairing_sees_a_difference_that_two_intervals_hide() -> None:
     assert paired_bootstrap(worse, worse) == Interval(0.0, 0.0)
     with pytest.raises(ValueError, match="same users"):
         paired_bootstrap(better, worse[1:])
+
+
+def test_gini_by_hand() -> None:
+    assert gini(np.array([3, 3, 3, 3])) == 0
+    assert gini(np.array([0, 7, 0, 0])) == pytest.approx(3 / 4)
+    # Pairwise differences: 2 (1 + 2 + 1) over 2 * 3 * 6.
+    assert gini(np.array([3, 1, 2])) == pytest.approx(8 / 36)
+    assert math.isnan(gini(np.zeros(3)))
+    catalog = Catalog(np.ones(3, np.int64))
+    assert evaluate(ints([0, 1], [0, -1]), [np.array([0])] * 2, [2], catalog)["gini@2"] == pytest.approx(
+        gini(np.array([2, 1, 0]))
+    )
+
+
+def test_shares_are_by_user() -> None:
+    found = shares(np.array([0, 0, 2, 2, 2, 2]), np.array([True, False, True, True, True, False]), 4)
+    assert found.tolist()[::2] == [1 / 2, 3 / 4]
+    assert np.isnan(found[1::2]).all()
+
+
+def test_gap_between_the_best_and_the_worst_segment() -> None:
+    rng = np.random.default_rng(0)
+    segment = np.repeat([4, 1, 7, -1], 100)
+    values = np.repeat([0.5, 0.3, 0.4, 9.0], 100) + rng.normal(scale=0.05, size=400)
+    values[50] = np.nan
+    found = gap(values, segment)
+    assert (found.best, found.worst) == (4, 1)
+    assert found.value == pytest.approx(np.nanmean(values[:100]) - values[100:200].mean())
+    assert found.interval.low < found.value < found.interval.high
+    assert found.interval.low > 0.15 > found.by_chance > 0
+    # Where nothing sets the segments apart, there is a gap all the same, and chance explains it.
+    alike = [gap(rng.normal(size=300), segment[:300], n=100, seed=seed) for seed in range(60)]
+    assert sum(one.value > one.by_chance for one in alike) <= 9
+    with pytest.raises(ValueError, match="two segments"):
+        gap(values, np.zeros(400, np.int64))
+
+
+def test_reliability_by_hand() -> None:
+    probability = np.array([0.9, 0.1, 0.2, 0.7, 0.3])
+    bins = reliability(probability, np.array([True, False, True, True, False]), bins=2)
+    assert bins == [(3, pytest.approx(0.2), pytest.approx(1 / 3)), (2, pytest.approx(0.8), 1.0)]
+    assert calibration_error(bins) == pytest.approx((3 * (1 / 3 - 0.2) + 2 * 0.2) / 5)
+    assert len(reliability(probability, np.zeros(5, bool))) == 5
+    assert math.isnan(calibration_error(reliability(np.array([]), np.array([], bool))))
+    with pytest.raises(ValueError, match="no probability"):
+        reliability(np.array([1.5]), np.array([True]))
+
+
+def test_probabilities_that_hold_are_reliable() -> None:
+    rng = np.random.default_rng(0)
+    probability = rng.uniform(size=20_000)
+    relevant = rng.uniform(size=20_000) < probability
+    assert calibration_error(reliability(probability, relevant)) < 0.02
+    assert calibration_error(reliability(probability**2, relevant)) > 0.1
 
 
 def test_reports() -> None:

@@ -56,6 +56,7 @@ INTEREST = {kind.name.lower(): float(STRENGTH[kind]) for kind in EventType if ST
 K: Mapping[str, int] = {
     "history": 100,
     "ease": 80,
+    "ease_long": 60,
     "rp3beta": 80,
     "user_knn": 60,
     "discovery": 60,
@@ -66,6 +67,7 @@ K: Mapping[str, int] = {
     "session": 40,
     "two_tower": 80,
     "content": 40,
+    "taste": 40,
     "complements": 40,
     "category": 40,
     "segment": 40,
@@ -75,6 +77,8 @@ K: Mapping[str, int] = {
 }
 """Candidates by source, in the order of a cascade: what knows the user best comes first."""
 
+LONG_DAYS = 3650.0
+"""A half-life that forgets nothing."""
 LISTS = ("category", "segment", "trending", "popular", "new")
 
 Progress = Callable[[str], None]
@@ -173,6 +177,21 @@ def _ease(draft: Draft, past: Past) -> None:
         _neighbours(draft, "ease", table, _anchors(60, 64))
 
 
+def _ease_long(draft: Draft, past: Past) -> None:
+    """What people have in common over all the time there is, and what keeps them apart."""
+    table = ease.fit(
+        past.events,
+        now_ms=past.now_ms,
+        k=2 * past.width.ease,
+        half_life_days=None,
+        ridge=300.0,
+        signed=True,
+        memory_gb=past.width.ease_gb,
+    )
+    if table is not None:
+        _neighbours(draft, "ease_long", table, _anchors(LONG_DAYS, WINDOW))
+
+
 def _rp3beta(draft: Draft, past: Past) -> None:
     _neighbours(draft, "rp3beta", rp3beta.fit(past.events, k=past.width.neighbours), _anchors(60, 64))
 
@@ -183,7 +202,7 @@ def _discovery(draft: Draft, past: Past) -> None:
 
 
 def _item_cf(draft: Draft, past: Past) -> None:
-    _neighbours(draft, "item_cf", item_cf.fit(past.events, k=past.width.neighbours), _anchors(30, 32))
+    _neighbours(draft, "item_cf", item_cf.fit(past.events, k=past.width.neighbours), _anchors(90, WINDOW))
     # The same table asked about the last hours alone: what the shopper is after right now.
     draft.sources.append(NeighbourSpec(name="session", table="item_cf.safetensors", anchors=_anchors(0.25, 8)))
 
@@ -218,6 +237,8 @@ def _two_tower(draft: Draft, past: Past) -> None:
 
 def _content(draft: Draft, past: Past) -> None:
     _neighbours(draft, "content", content.fit(past.items.frame, k=past.width.neighbours), _anchors(7, 16))
+    # The same table asked about all that the shopper ever wanted: a taste rather than an errand.
+    draft.sources.append(NeighbourSpec(name="taste", table="content.safetensors", anchors=_anchors(365, WINDOW)))
 
 
 def _complements(draft: Draft, past: Past) -> None:
@@ -264,6 +285,7 @@ def _segment(draft: Draft, past: Past) -> None:
 MODELS: Mapping[str, Callable[[Draft, Past], None]] = {
     "history": _history,
     "ease": _ease,
+    "ease_long": _ease_long,
     "rp3beta": _rp3beta,
     "user_knn": _user_knn,
     "discovery": _discovery,
@@ -280,7 +302,7 @@ MODELS: Mapping[str, Callable[[Draft, Past], None]] = {
 }
 """Each adds its sources to the draft, or none where the past does not allow it."""
 
-STANDARD = ("history", "ease", "discovery", "item_cf", "two_tower", "content", "popularity")
+STANDARD = ("history", "ease", "ease_long", "discovery", "item_cf", "two_tower", "content", "popularity")
 
 
 def scenes(sources: list[str]) -> dict[str, Scene]:

@@ -202,7 +202,7 @@ def _write(folder: Path, version: str, items: int, prefix: str, seed: int, recip
     if ease.needed_gb(items) <= EASE_GB:
         neighbours("ease", 60, 64, _nearest(draft, "ease", centres, row))
     neighbours("discovery", 365, 64, _nearest(draft, "discovery", centres, row))
-    neighbours("item_cf", 30, 32, _nearest(draft, "item_cf", centres, row))
+    neighbours("item_cf", 90, WINDOW, _nearest(draft, "item_cf", centres, row))
     neighbours("session", 0.25, 8, "item_cf.safetensors")
     vectors = _around(centres).transpose(0, 1).reshape(items, WIDTH)[number].contiguous()
     _towers(draft, vectors, seed)

@@ -29,7 +29,7 @@ from app.state.events import MS_PER_DAY, EventType
 from models.catalog import Items
 from models.data import DataError, Tables
 from models.data.log import Log
-from models.ranking import mlp
+from models.ranking import Examples, Ranker, mlp, stack
 from models.sources import WINDOW, Fitted, Progress, fit
 
 BATCH = 32
@@ -105,7 +105,7 @@ def examples(
     wanted_by: Mapping[int, npt.NDArray[np.int64]],
     items: Items,
     cut_ms: int,
-) -> tuple[mlp.Examples, float]:
+) -> tuple[Examples, float]:
     """The candidates of every user with their features as of the cut and their labels, and the candidate recall."""
     users = sorted(wanted_by)
     parts, found, total = [], 0.0, 0
@@ -123,8 +123,8 @@ def examples(
             hit = np.isin(items.key[candidates.row[mine].numpy()], wanted_by[user])
             label[mine] = torch.from_numpy(hit.astype(np.float32))
             found, total = found + hit.sum() / len(wanted_by[user]), total + 1
-        parts.append(mlp.Examples(features, candidates.query.clone(), label))
-    return mlp.stack(parts), found / max(total, 1)
+        parts.append(Examples(features, candidates.query.clone(), label))
+    return stack(parts), found / max(total, 1)
 
 
 def train(
@@ -152,7 +152,7 @@ def train(
     plan = Plan.of(log, windows, label_days)
     end_ms = cut_ms or plan.end_ms
     trained = Trained()
-    learned: dict[str, list[mlp.Examples]] = {name: [] for name in LEARNED}
+    learned: dict[str, list[Examples]] = {name: [] for name in LEARNED}
     recall: dict[str, list[float]] = {name: [] for name in LEARNED}
     rng = np.random.default_rng(seed)
     for number, cut in enumerate(plan.cuts_ms, 1):
@@ -173,7 +173,7 @@ def train(
                     learned[name].append(part)
                     recall[name].append(share)
 
-    rankers: dict[str, mlp.Mlp] = {}
+    rankers: dict[str, Ranker] = {}
     for name in LEARNED:
         trained.candidate_recall[name] = float(np.mean(recall[name])) if recall[name] else 0.0
         losses: list[tuple[float, float]] = []
@@ -185,7 +185,7 @@ def train(
         if learned[name]:
             begun_ranker = time.monotonic()
             try:
-                rankers[name] = mlp.fit(mlp.stack(learned[name]), seed=seed, on_epoch=on_epoch)
+                rankers[name] = mlp.fit(stack(learned[name]), seed=seed, on_epoch=on_epoch)
             except ValueError as error:
                 progress(f"no ranker for {name}: {error}")
             trained.seconds[f"ranker {name}"] = round(time.monotonic() - begun_ranker, 1)
@@ -215,12 +215,12 @@ def train(
     return publish(root, write, activate_it=activate), trained
 
 
-def _with_rankers(fitted: Fitted, rankers: Mapping[str, mlp.Mlp]) -> None:
+def _with_rankers(fitted: Fitted, rankers: Mapping[str, Ranker]) -> None:
     draft = fitted.draft
     for name, ranker in rankers.items():
         scene = draft.scenes[name]
         features = feature_names([source.name for source in scene.sources], draft.statistics)
-        mlp.export(ranker, name, features, draft)
+        ranker.export(name, features, draft)
         draft.scenes[name] = scene.model_copy(update={"fusion": "learned", "ranker": name})
 
 

@@ -63,7 +63,7 @@ class Ranker:
     def __init__(self, spec: RankerSpec, bundle: Bundle, device: torch.device) -> None:
         self.name = spec.name
         self.features = spec.features
-        self.calibrated = spec.calibrated
+        self._calibrated = spec.calibrated
         self._scores: _Program | _Forest
         if spec.program is not None:
             self._scores = _Program(spec.program, spec, bundle, device)
@@ -74,6 +74,10 @@ class Ranker:
     def score(self, features: Tensor) -> Tensor:
         """float32 [M] for features [M, F]."""
         return self._scores(features)
+
+    def shown(self, score: Tensor) -> Tensor:
+        """What a slate says of its items: the probability that each is wanted, where the ranker is calibrated."""
+        return score.sigmoid() if self._calibrated else score
 
     def check(self, scene: str, sources: tuple[str, ...], statistics: tuple[str, ...]) -> None:
         """Raises `BundleError` unless the scene computes the very features the ranker was trained on."""

@@ -8,9 +8,10 @@ import lightgbm
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
-from app.bundle import Bundle, BundleError, Draft, seal
+from app.bundle import Bundle, BundleError, Draft, RankerSpec, seal
 from app.engine import ranking
 from app.engine.ranking import Ranker
 from models.ranking.trees import forest_of
@@ -124,3 +125,16 @@ DAMAGED: dict[str, tuple[dict[str, Tensor | None], str]] = {
 def test_a_damaged_forest_is_refused(changes: dict[str, Tensor | None], says: str, tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=says):
         opened(bundle(tmp_path, **changes))
+
+
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        ({}, "either a program or a forest"),
+        ({"program": "a.pt2", "forest": "a.safetensors"}, "either a program or a forest"),
+        ({"forest": "a.safetensors", "standard": "b.safetensors"}, "only a program takes standardised features"),
+    ],
+)
+def test_a_ranker_has_one_form(files: Mapping[str, str], says: str) -> None:
+    with pytest.raises(ValidationError, match=says):
+        RankerSpec(name="trees", features=NAMES, **files)

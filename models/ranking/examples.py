@@ -60,8 +60,8 @@ def split(examples: Examples, generator: torch.Generator) -> Split:
     odd = (~features.isfinite()).nonzero()
     if len(odd):
         row, column = odd[0].tolist()
-        name = examples.names[column] if examples.names else "?"
-        raise ValueError(f"feature column {column} ({name}) is {features[row, column].item()} in row {row}")
+        name = f" ({examples.names[column]})" if examples.names else ""
+        raise ValueError(f"feature column {column}{name} is {features[row, column].item()} in row {row}")
     for column_name, column_of in {"label": label, "clicked": examples.clicked}.items():
         if column_of is not None and not ((column_of == 0) | (column_of == 1)).all():
             raise ValueError(f"column {column_name} has other values than 0 and 1")

@@ -130,6 +130,10 @@ def labelled(label: Callable[[Examples], Tensor]) -> Callable[[Examples], Exampl
 BAD = {
     "NaN": (spoiled(1, 17, float("nan")), r"feature column 1 \(b\) is nan in row 17"),
     "infinity": (spoiled(3, 4, float("-inf")), r"feature column 3 \(d\) is -inf in row 4"),
+    "constant columns": (
+        lambda e: Examples(torch.ones_like(e.features), e.query, e.label),
+        "every feature column is constant",
+    ),
     "nothing wanted": (labelled(lambda e: torch.zeros_like(e.label)), "no candidate was wanted by anybody"),
     "all wanted": (labelled(lambda e: torch.ones_like(e.label)), "every candidate was wanted"),
     "wanted in one query": (labelled(lambda e: e.label * (e.query == 3)), "wanted in one query only"),

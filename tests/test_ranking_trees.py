@@ -14,7 +14,8 @@ from torch import Tensor
 from app.bundle import Bundle, BundleError, Draft, RankerSpec, seal
 from app.engine import ranking
 from app.engine.ranking import Ranker
-from models.ranking.trees import forest_of
+from models.ranking import Examples
+from models.ranking.trees import fit, forest_of
 
 NAMES = ("a", "b", "c", "d")
 
@@ -81,6 +82,14 @@ def test_what_the_engine_does_not_run_is_not_exported(parameters: Mapping[str, A
     booster, _ = grown(**parameters)
     with pytest.raises(ValueError, match=says):
         forest_of(booster)
+
+
+def test_features_that_say_nothing_grow_no_ranker() -> None:
+    features = torch.zeros(1000, 4)
+    features[0] = 1.0
+    query, label = torch.arange(1000) // 20, (torch.arange(1000) % 20 == 3).float()
+    with pytest.raises(ValueError, match="no tree found a condition"):
+        fit(Examples(features, query, label), seed=0)
 
 
 def bundle(folder: Path, **changes: Tensor | None) -> Bundle:

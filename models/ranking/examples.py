@@ -54,7 +54,7 @@ def stack(parts: Sequence[Examples]) -> Examples:
 def split(examples: Examples, generator: torch.Generator) -> Split:
     """Raises `ValueError` for examples that no ranker can learn from, naming the column or what is missing.
 
-    A constant column is none of these: it is carried along and changes nothing.
+    A constant column among others is carried along and changes nothing.
     """
     features, label = examples.features, examples.label
     odd = (~features.isfinite()).nonzero()
@@ -73,6 +73,8 @@ def split(examples: Examples, generator: torch.Generator) -> Split:
         raise ValueError("no candidate was wanted by anybody in the training windows: nothing to learn a ranking from")
     if label.all():
         raise ValueError("every candidate was wanted: nothing to learn a ranking from")
+    if (features == features[0]).all():
+        raise ValueError("every feature column is constant: nothing to tell candidates apart by")
     if len(useful) < 2:
         raise ValueError("candidates were wanted in one query only, and one more is needed to choose by")
     useful = useful[torch.randperm(len(useful), generator=generator)]

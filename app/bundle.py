@@ -17,10 +17,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -122,14 +122,31 @@ SourceSpec = Annotated[VectorSpec | NeighbourSpec | BasketSpec | ListSpec, Field
 
 
 class RankerSpec(_Spec):
+    """A program, a forest, or the sum of both."""
+
     name: str
-    program: str
+    program: str | None = None
     """torch.export archive: features float32 [M, F] -> scores float32 [M]."""
     standard: str | None = None
     """safetensors file with `mean`, `scale` and `clip` float32 [F], `clip` > 0. With it the program takes, in
     bfloat16, (features - mean) * scale cut to -clip..clip: half the bytes, and prepared in one pass."""
+    forest: str | None = None
+    """safetensors file with T trees of up to N + 1 <= 31 leaves, numbered from the left: `feature` int32 [T, N] and
+    `threshold` float32 [T, N] of their conditions x <= threshold in any order, `kept` int32 [T, N], the bits of the
+    leaves that remain where it fails (all but those to its left), and `value` float32 [T, N + 1]. A condition at
+    infinity stands for none. The score is the sum of the values of the first leaf that remains in each tree."""
+    calibrated: bool = False
+    """Whether a score is the log-odds of being wanted, by somebody who wants anything."""
     features: tuple[str, ...]
     """The columns it was trained on, in order; the engine refuses to serve it with others."""
+
+    @model_validator(mode="after")
+    def _some_form(self) -> Self:
+        if self.program is None and self.forest is None:
+            raise ValueError("a ranker is a program, a forest or both")
+        if self.standard is not None and self.program is None:
+            raise ValueError("only a program takes standardised features")
+        return self
 
 
 class Manifest(_Spec):
@@ -245,7 +262,7 @@ def _files_of(spec: SourceSpec | RankerSpec) -> tuple[str, ...]:
         case ListSpec():
             return (spec.rows,)
         case RankerSpec():
-            return (spec.program,) if spec.standard is None else (spec.program, spec.standard)
+            return tuple(filter(None, (spec.program, spec.standard, spec.forest)))
 
 
 @dataclass(slots=True)

@@ -29,13 +29,13 @@ from app.engine.ranking import FUSIONS
 from app.engine.recall import best_first
 from app.scenes import Scene
 from app.state.events import EVENT, EventType, item_key
-from models.commands import one_line_errors, progress, single_threaded
+from models.commands import Models, Ranker, chosen, one_line_errors, progress, single_threaded
 from models.data import DataError
 from models.data.log import Log
 from models.data.tables import ITEMS
 from models.data.times import DAY_MS
 from models.metrics import Row, Scores, bootstrap, evaluate, markdown
-from models.ranking import mlp
+from models.ranking import RANKERS
 from models.sources import MODELS, WINDOW, Fitted, Progress, Width, fit
 from models.train import examples, with_rankers
 
@@ -49,6 +49,7 @@ SESSIONS_DAYS = 131
 """What the sessions span."""
 LEARNED_FROM = 10_000
 """Users whose candidates the ranker sees, at most."""
+ALL = ",".join(MODELS)
 K = 200
 """Candidates of each source."""
 WIDTH = Width(neighbours=200, ease=400, ease_gb=6.0)
@@ -150,7 +151,9 @@ SPLITS: Mapping[str, Callable[[Path, int], Split]] = {
 }
 
 
-def run(split: Split, models: Sequence[str], seed: int, note: Progress) -> tuple[list[Row], dict[str, float]]:
+def run(
+    split: Split, models: Sequence[str], ranker: str, seed: int, note: Progress
+) -> tuple[list[Row], dict[str, float]]:
     """The leaderboard of the split, and the seconds that each model took in its last fit."""
     with tempfile.TemporaryDirectory() as folder:
         fitted, pipeline, scene = _fitted(Path(folder), split, split.learn, models, seed, note)
@@ -161,13 +164,13 @@ def run(split: Split, models: Sequence[str], seed: int, note: Progress) -> tuple
         chosen = {user: stage.wanted[user] for user in users}
         learned, share = examples(pipeline, scene, stage.log, chosen, fitted.items, stage.now_ms)
         note(f"ranker: {len(learned.label):,} candidates, of what was wanted {share:.3f} among them")
-        ranker = mlp.fit(
+        fitted_ranker = RANKERS[ranker](
             learned, seed=seed, on_epoch=lambda epoch, train, valid: note(f"ranker {epoch}: {train:.4f} {valid:.4f}")
         )
         del learned, pipeline
         if split.judge.log is not split.learn.log:
             fitted, _, scene = _fitted(Path(folder, "again"), split, split.judge, models, seed, note)
-        with_rankers(fitted.draft, {"evaluated": ranker})
+        with_rankers(fitted.draft, {"evaluated": fitted_ranker})
         pipeline = Pipeline(seal(fitted.draft, "judged"), torch.device("cpu"), BATCH)
         rows = [
             Row(name, scores, bootstrap(scores.per_user[split.metrics[1]], seed=seed))
@@ -271,7 +274,8 @@ def benchmark(
     what: Annotated[Literal["quality"], typer.Argument(help="What to measure; speed is `make bench`.")],
     dataset: Annotated[str, typer.Argument(help=f"One of {', '.join(SPLITS)}.")],
     data: Annotated[Path, typer.Option(envvar="MILLIREC_DATASETS", help="Folder of the data sets.")],
-    models: Annotated[str, typer.Option(help="Models to fit, separated by commas.")] = ",".join(MODELS),
+    models: Models = ALL,
+    ranker: Ranker = "blend",
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
     """Judge every model, every fusion and the pipeline on a public split that others have published figures for."""
@@ -279,12 +283,10 @@ def benchmark(
     with one_line_errors(), progress() as shown:
         if dataset not in SPLITS:
             raise DataError(f"no split {dataset}; there are {', '.join(SPLITS)}")
-        chosen = models.split(",")
-        if unknown := set(chosen) - MODELS.keys():
-            raise DataError(f"no model {', '.join(sorted(unknown))}; there are {', '.join(MODELS)}")
+        names = chosen(models, ranker)
         split = SPLITS[dataset](data, seed)
         begun = time.monotonic()
-        rows, seconds = run(split, chosen, seed, shown)
+        rows, seconds = run(split, names, ranker, seed, shown)
         total = time.monotonic() - begun
     columns = (split.metrics[1], split.metrics[0])
     print(f"\n### {dataset}: {len(split.judge.wanted):,} users, {total:,.0f} s\n")

@@ -20,8 +20,9 @@ from models.data.simulator import simulate as simulated
 from models.evaluate import HEADLINE, judge
 from models.evaluate import result as result_of
 from models.metrics import markdown
+from models.ranking import RANKERS
 from models.result import sheets
-from models.sources import Progress
+from models.sources import MODELS, STANDARD, Progress
 from models.train import Trained
 from models.train import train as trained_on
 
@@ -36,6 +37,10 @@ Windows = Annotated[int, typer.Option(min=1, help="Past windows that the ranker 
 LabelDays = Annotated[
     float | None, typer.Option(help="Days in a window. Default: an eighth of the history, at most 30.")
 ]
+
+Models = Annotated[str, typer.Option(help=f"Models to draw on, separated by commas, of {', '.join(MODELS)}.")]
+STANDARD_MODELS = ",".join(STANDARD)
+Ranker = Annotated[str, typer.Option(help=f"How candidates are ranked: {', '.join(RANKERS)}.")]
 
 console = Console(stderr=True)
 
@@ -89,6 +94,18 @@ def written(path: Path, text: str) -> None:
         raise DataError(f"{path}: {error.strerror}") from error
 
 
+def chosen(models: str, ranker: str) -> tuple[str, ...]:
+    """The names in `models`, all of which exist, as does the ranker."""
+    names = tuple(name.strip() for name in models.split(","))
+    for what, unknown, known in (
+        ("model", set(names) - MODELS.keys(), MODELS),
+        ("ranker", {ranker} - RANKERS.keys(), RANKERS),
+    ):
+        if unknown:
+            raise DataError(f"no {what} {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    return names
+
+
 def single_threaded() -> None:
     """One thread, so that training is reproducible by its seed."""
     torch.set_num_threads(1)
@@ -112,11 +129,14 @@ def train(
     bundles: Root = None,
     windows: Windows = 4,
     label_days: LabelDays = None,
+    models: Models = STANDARD_MODELS,
+    ranker: Ranker = "mlp",
     seed: Seed = 0,
 ) -> None:
     """Train on a shop's history, publish the bundle and make it the one to serve; prints its version."""
     single_threaded()
     with one_line_errors():
+        names = chosen(models, ranker)
         tables = tables_of(events, items, users, retail, column)
         with progress() as shown:
             bundle, trained = trained_on(
@@ -125,6 +145,8 @@ def train(
                 seed=seed,
                 windows=windows,
                 label_days=label_days,
+                models=names,
+                ranker=ranker,
                 progress=shown,
             )
         report(bundle, trained)
@@ -143,6 +165,8 @@ def evaluate(
     ] = None,
     windows: Windows = 4,
     label_days: LabelDays = None,
+    models: Models = STANDARD_MODELS,
+    ranker: Ranker = "mlp",
     seed: Seed = 0,
     out: Annotated[Path | None, typer.Option(help="Write all that was found here, for `millirec report`.")] = None,
 ) -> None:
@@ -150,6 +174,7 @@ def evaluate(
     single_threaded()
     cut_ms = int(cut.replace(tzinfo=UTC).timestamp() * 1000)
     with one_line_errors(), tempfile.TemporaryDirectory() as temporary:
+        names = chosen(models, ranker)
         tables = tables_of(events, items, users, retail, column)
         root = bundles or Path(temporary)
         version = current(root)
@@ -157,7 +182,15 @@ def evaluate(
         with progress() as shown:
             if bundle is None or bundle.manifest.provenance.get("cut_ms") != cut_ms:
                 bundle, trained = trained_on(
-                    tables, root, seed=seed, windows=windows, label_days=label_days, cut_ms=cut_ms, progress=shown
+                    tables,
+                    root,
+                    seed=seed,
+                    windows=windows,
+                    label_days=label_days,
+                    models=names,
+                    ranker=ranker,
+                    cut_ms=cut_ms,
+                    progress=shown,
                 )
                 report(bundle, trained)
             views = judge(bundle, tables, cut_ms, days, shown, seed)

@@ -29,7 +29,7 @@ from app.state.events import MS_PER_DAY, EventType
 from models.catalog import Items
 from models.data import DataError, Tables
 from models.data.log import Log
-from models.ranking import mlp
+from models.ranking import RANKERS, Examples, Ranker, stack
 from models.sources import STANDARD, WINDOW, Fitted, Progress, fit
 
 BATCH = 32
@@ -105,9 +105,10 @@ def examples(
     wanted_by: Mapping[int, npt.NDArray[np.int64]],
     items: Items,
     cut_ms: int,
-) -> tuple[mlp.Examples, float]:
+) -> tuple[Examples, float]:
     """The candidates of every user with their features as of the cut and their labels, and the candidate recall."""
     users = sorted(wanted_by)
+    names = feature_names([source.name for source in scene.sources], pipeline.bundle.manifest.statistics)
     parts, found, total = [], 0.0, 0
     for start in range(0, len(users), BATCH):
         chunk = users[start : start + BATCH]
@@ -123,8 +124,8 @@ def examples(
             hit = np.isin(items.key[candidates.row[mine].numpy()], wanted_by[user])
             label[mine] = torch.from_numpy(hit.astype(np.float32))
             found, total = found + hit.sum() / len(wanted_by[user]), total + 1
-        parts.append(mlp.Examples(features, candidates.query.clone(), label))
-    return mlp.stack(parts), found / max(total, 1)
+        parts.append(Examples(features, candidates.query.clone(), label, names=names))
+    return stack(parts), found / max(total, 1)
 
 
 def train(
@@ -137,12 +138,14 @@ def train(
     cut_ms: int | None = None,
     most_users: int = 3000,
     models: Sequence[str] = STANDARD,
+    ranker: str = "mlp",
     progress: Progress = lambda step: None,
     activate: bool = True,
 ) -> tuple[Bundle, Trained]:
     """Trains on the events before `cut_ms` (default: all) and publishes the bundle in `root`.
 
-    `models` are names of `models.sources.MODELS`. Raises `DataError` when the history cannot teach anything.
+    `models` are names of `models.sources.MODELS`, `ranker` is one of `models.ranking.RANKERS`. Raises `DataError` when
+    the history cannot teach anything.
     """
     begun = time.monotonic()
     torch.manual_seed(seed)
@@ -153,7 +156,7 @@ def train(
     plan = Plan.of(log, windows, label_days)
     end_ms = cut_ms or plan.end_ms
     trained = Trained()
-    learned: dict[str, list[mlp.Examples]] = {name: [] for name in LEARNED}
+    learned: dict[str, list[Examples]] = {name: [] for name in LEARNED}
     recall: dict[str, list[float]] = {name: [] for name in LEARNED}
     rng = np.random.default_rng(seed)
     for number, cut in enumerate(plan.cuts_ms, 1):
@@ -174,7 +177,7 @@ def train(
                     learned[name].append(part)
                     recall[name].append(share)
 
-    rankers: dict[str, mlp.Mlp] = {}
+    fitted_rankers: dict[str, Ranker] = {}
     for name in LEARNED:
         trained.candidate_recall[name] = float(np.mean(recall[name])) if recall[name] else 0.0
         losses: list[tuple[float, float]] = []
@@ -186,7 +189,7 @@ def train(
         if learned[name]:
             begun_ranker = time.monotonic()
             try:
-                rankers[name] = mlp.fit(mlp.stack(learned[name]), seed=seed, on_epoch=on_epoch)
+                fitted_rankers[name] = RANKERS[ranker](stack(learned[name]), seed=seed, on_epoch=on_epoch)
             except ValueError as error:
                 progress(f"no ranker for {name}: {error}")
             trained.seconds[f"ranker {name}"] = round(time.monotonic() - begun_ranker, 1)
@@ -197,7 +200,7 @@ def train(
         fitted = fit(folder, tables.items, whole, end_ms, seed, _prefixed(progress, "final fit: "), models=models)
         trained.losses.update(fitted.losses)
         trained.seconds.update(fitted.seconds)
-        with_rankers(fitted.draft, rankers)
+        with_rankers(fitted.draft, fitted_rankers)
         progress("recorded queries")
         _with_recorded(fitted, log, end_ms, seed)
         fitted.draft.metrics = {"candidate_recall": trained.candidate_recall, "losses": trained.losses}
@@ -207,7 +210,13 @@ def train(
             "data_sha256": fingerprint(log),
             "cut_ms": end_ms,
             "seed": seed,
-            "models": models,
+            "parameters": {
+                "models": models,
+                "ranker": ranker,
+                "windows": windows,
+                "label_days": plan.label_days,
+                "most_users": most_users,
+            },
             "plan": asdict(plan),
             "code": code_version(),
             "seconds": trained.seconds | {"total": round(time.monotonic() - begun, 1)},
@@ -217,12 +226,12 @@ def train(
     return publish(root, write, activate_it=activate), trained
 
 
-def with_rankers(draft: Draft, rankers: Mapping[str, mlp.Mlp]) -> None:
+def with_rankers(draft: Draft, rankers: Mapping[str, Ranker]) -> None:
     """Makes each ranker that of the scene of its name."""
     for name, ranker in rankers.items():
         scene = draft.scenes[name]
         features = feature_names([source.name for source in scene.sources], draft.statistics)
-        mlp.export(ranker, name, features, draft)
+        ranker.export(name, features, draft)
         draft.scenes[name] = scene.model_copy(update={"fusion": "learned", "ranker": name})
 
 

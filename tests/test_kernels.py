@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,9 +12,14 @@ from hypothesis import strategies as st
 from app.bundle import open_bundle
 from app.engine import Query, Where, kernels
 from app.engine.pipeline import Pipeline
+from app.engine.ranking import forest
 from tests.test_pipeline import HISTORIES, QUERIES, user_of
 from tests.tiny import NOW_MS, publish_tiny
 
+Node = float | tuple[int, float, "Node", "Node"]
+"""Of a tree: a value, or feature, limit, and what is up to the limit and above it."""
+
+LIMITS = st.sampled_from([-np.inf, -1.5, 0.0, 1e-30, 0.1, 2.0, np.inf]).map(lambda limit: float(np.float32(limit)))
 FLOATS = st.one_of(st.sampled_from([0.0, -0.0, 1.0, -1.0]), st.floats(width=32, allow_nan=False))
 
 
@@ -98,3 +104,71 @@ def test_standardised_rounds_as_torch_does(values: list[float]) -> None:
     expected = ((torch.from_numpy(features) - 1.5) * 0.25).clamp(-4, 4).bfloat16()
     assert torch.equal(torch.from_numpy(bits).view(torch.bfloat16)[:-2], expected)
     assert not bits[-2:].any()
+
+
+@st.composite
+def trees(draw: st.DrawFn) -> tuple[Node, int]:
+    """A tree and the number of its leaves."""
+
+    def grow(leaves: int) -> Node:
+        if leaves == 1:
+            return draw(st.floats(-1, 1, width=32))
+        left = draw(st.integers(1, leaves - 1))
+        return draw(st.integers(0, 2)), draw(LIMITS), grow(left), grow(leaves - left)
+
+    leaves = draw(st.integers(1, 31) | st.just(31))
+    return grow(leaves), leaves
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(trees(), min_size=1, max_size=4),
+    st.lists(st.lists(LIMITS | st.just(float("nan")), min_size=3, max_size=3), max_size=9),
+    st.sampled_from([1, kernels.LANES]),
+)
+def test_a_forest_sums_the_leaves_that_a_walk_ends_in(
+    grown: list[tuple[Node, int]], rows: list[list[float]], times: int
+) -> None:
+    features = np.array(rows * times, np.float32).reshape(-1, 3)
+    width = max(2, *(leaves for _, leaves in grown))
+    feature, threshold = np.zeros((len(grown), width - 1), np.int32), np.full((len(grown), width - 1), np.inf)
+    kept, value = np.full((len(grown), width - 1), -1, np.int32), np.zeros((len(grown), width), np.float32)
+    for tree, (node, _) in enumerate(grown):
+        for place, (column, limit, first, last) in enumerate(conditions := flat(node, value[tree])):
+            feature[tree, place], threshold[tree, place] = column, limit
+            kept[tree, place] = ~sum(1 << leaf for leaf in range(first, last))
+        assert len(conditions) < width
+    columns = feature, threshold.astype(np.float32), kept, value
+    expected = [
+        sum(walked(node, row) for node, _ in grown) for row in np.nan_to_num(features, posinf=np.inf, neginf=-np.inf)
+    ]
+    found = kernels.forest(features, *columns[:2], kept.view(np.uint32), value)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    np.testing.assert_allclose(forest(torch.from_numpy(features), *map(torch.from_numpy, columns)), found, atol=1e-6)
+
+
+def flat(root: Node, values: npt.NDArray[np.float32]) -> list[tuple[int, float, int, int]]:
+    """Conditions (feature, limit, first leaf to the left, one behind the last), filling in the leaves' values."""
+    conditions, leaf = [], 0
+
+    def visit(node: Node) -> None:
+        nonlocal leaf
+        if isinstance(node, float):
+            values[leaf] = node
+            leaf += 1
+            return
+        column, limit, left, right = node
+        first = leaf
+        visit(left)
+        conditions.append((column, limit, first, leaf))
+        visit(right)
+
+    visit(root)
+    return conditions
+
+
+def walked(node: Node, row: npt.NDArray[np.float32]) -> float:
+    while not isinstance(node, float):
+        column, limit, left, right = node
+        node = left if row[column] <= limit else right
+    return node

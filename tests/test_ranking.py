@@ -1,14 +1,23 @@
 """Fusion formulas against numbers worked out by hand."""
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from app.bundle import MANIFEST, open_bundle
+from app.engine import Query
 from app.engine.merge import ABSENT, Candidates
+from app.engine.pipeline import Pipeline
 from app.engine.ranking import FUSIONS
+from app.state.events import EventType
+from tests.damage import manifest
+from tests.test_pipeline import user_of
+from tests.tiny import NOW_MS, publish_tiny
 
 Proposals = Sequence[Sequence[Mapping[str, float]]]
 """By query and source: item -> score, best first."""
@@ -143,3 +152,18 @@ def test_an_item_that_no_source_proposes_comes_last(name: str) -> None:
     ).tolist()
     assert found[1] == pytest.approx(0.0)
     assert min(found) == found[1]
+
+
+def test_a_calibrated_ranker_shows_probabilities_in_the_same_order(tmp_path: Path) -> None:
+    folder = tmp_path / publish_tiny(tmp_path).version
+    slates = []
+    for calibrated in (False, True):
+        rankers = json.loads((folder / MANIFEST).read_text())["rankers"]
+        manifest(folder, rankers=[ranker | {"calibrated": calibrated} for ranker in rankers])
+        pipeline = Pipeline(open_bundle(folder), torch.device("cpu"), 8)
+        users = [user_of([("a1", EventType.VIEW_ITEM), ("b2", EventType.PURCHASE)])]
+        slates += pipeline.run([Query("1", scene="home")], users, NOW_MS)
+    odds, shown = slates
+    assert [item.item_id for item in shown.items] == [item.item_id for item in odds.items]
+    scores = torch.tensor([item.score for item in odds.items])
+    assert torch.tensor([item.score for item in shown.items]).tolist() == scores.sigmoid().tolist()

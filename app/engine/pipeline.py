@@ -156,6 +156,9 @@ class Pipeline:
         prepared = self.prepare(scene, queries, states, now_ms)
         score = self.rank(scene, prepared)
         position, score = rerank(prepared.batch, prepared.candidates, score, scene, self.catalog)
+        if scene.fusion == "learned" and scene.ranker and "rank" not in prepared.degraded:
+            # Only now: as probabilities, the best of a long list could round to the same 1.
+            score = self._rankers[scene.ranker].shown(score)
         return self._answers(scene, prepared, position, score, tuple(degraded + prepared.degraded))
 
     def rank(self, scene: Scene, prepared: Prepared) -> Tensor:

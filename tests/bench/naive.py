@@ -101,7 +101,7 @@ class Naive:
                 self.index = faiss.read_index(str(bundle.path / spec.index))
                 self.encode = load_program(bundle.path / spec.encoder, CPU)
         ranker = next(ranker for ranker in manifest.rankers if ranker.name == self.scene.ranker)
-        self.rank = load_program(bundle.path / ranker.program, CPU)
+        self.rank = load_program(bundle.path / str(ranker.program), CPU)
         self.standard = bundle.tensors(str(ranker.standard))
         self.interest = _by_kind({kind.name: weight for kind, weight in INTEREST.items()})
         self.weights = {

@@ -47,6 +47,7 @@ from app.state.events import ALIASES, EVENT, MS_PER_DAY, UserState, fold, item_k
 from app.state.store import Store
 from models.catalog import STATISTICS
 from models.ranking import mlp
+from models.ranking.networks import Network
 from models.recall import Vectors, ease, two_tower
 from models.recall.index import build_index
 from models.recall.two_tower import WIDTH
@@ -222,8 +223,8 @@ def _write(folder: Path, version: str, items: int, prefix: str, seed: int, recip
     draft.scenes = scenes([source.name for source in draft.sources])
     for name in RANKED:
         features = feature_names([source.name for source in draft.scenes[name].sources], STATISTICS)
-        ranker = mlp.Mlp(torch.zeros(len(features)), torch.ones(len(features)))
-        mlp.export(ranker.eval(), name, features, draft)
+        ranker = Network(mlp.hidden(len(features)), torch.zeros(len(features)), torch.ones(len(features)))
+        ranker.eval().export(name, features, draft)
         draft.scenes[name] = draft.scenes[name].model_copy(update={"fusion": "learned", "ranker": name})
     draft.provenance = {"recipe": recipe}
 

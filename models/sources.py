@@ -178,6 +178,9 @@ def _list(draft: Draft, name: str, score: npt.NDArray[np.float64]) -> None:
 def _vectors(draft: Draft, name: str, towers: Vectors, seed: int) -> None:
     vectors = np.ascontiguousarray(towers.items, np.float32)
     kind, recall = build_index(vectors, vectors, draft.path / f"{name}.faiss", seed)
+    inputs = None
+    if towers.inputs is not None:
+        inputs = draft.save(f"{name}_inputs.safetensors", {"vectors": torch.from_numpy(towers.inputs).half()})
     draft.sources.append(
         VectorSpec(
             name=name,
@@ -186,6 +189,7 @@ def _vectors(draft: Draft, name: str, towers: Vectors, seed: int) -> None:
             index_kind=kind,
             index_recall=recall,
             encoder=save_program(towers.export(), draft.path / f"{name}.pt2"),
+            inputs=inputs,
             history=towers.history,
             profile=towers.profile,
         )

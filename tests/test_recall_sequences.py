@@ -49,7 +49,7 @@ def test_the_next_item_of_the_rule_comes_first(fitted: Vectors) -> None:
 @models
 def test_untrained_it_does_not_know_the_rule(model: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sequences, "EPOCHS", 1)
-    monkeypatch.setattr(sequences, "LEARNING_RATE", 1e-9)
+    monkeypatch.setattr(model, "LEARNING_RATE", 1e-9)
     best = scores([[last] for last in range(ITEMS)], model.fit(circle(), history=HISTORY)).argmax(1)
     assert (best == (np.arange(ITEMS) + 1) % ITEMS).mean() < 0.5
 

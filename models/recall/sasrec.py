@@ -16,6 +16,7 @@ from models.recall import Interactions, Vectors, sequences
 
 WIDTH = 64
 HIDDEN = 64
+LEARNING_RATE = 2e-3
 DROPOUT = 0.4
 NOWHERE = -1e4
 """Attention logit of padding; finite, so that an empty history is no NaN."""
@@ -85,5 +86,12 @@ def fit(
 ) -> Vectors:
     """Reads the last `history` events. See `sequences.fit`."""
     return sequences.fit(
-        past, lambda: Encoder(history), width=WIDTH, history=history, seed=seed, device=device, on_epoch=on_epoch
+        past,
+        lambda: Encoder(history),
+        width=WIDTH,
+        learning_rate=LEARNING_RATE,
+        history=history,
+        seed=seed,
+        device=device,
+        on_epoch=on_epoch,
     )

@@ -20,8 +20,6 @@ from app.state.events import FOLDED
 from models.recall import STRENGTH, Interactions, Vectors
 
 TEMPERATURE = 0.07
-LEARNING_RATE = 2e-3
-"""At the start; it falls in a line to 0 at the last epoch."""
 START = 0.02
 """Standard deviation of the item vectors at the start. Only direction counts, so that the shorter turn faster."""
 TARGETS = 1024
@@ -116,6 +114,7 @@ def fit(
     make: Callable[[], Encoder],
     *,
     width: int,
+    learning_rate: float,
     history: int,
     seed: int,
     device: str,
@@ -124,7 +123,8 @@ def fit(
     """Trains the encoder that `make` gives, and unit vectors of the items with it, until it foresees the next items
     of held-out users no better, and keeps the best epoch. Validation losses are over the whole catalog.
 
-    The same seed gives the same network on one thread of a CPU.
+    The learning rate falls in a line from the given one to 0 at the last epoch. The same seed gives the same network
+    on one thread of a CPU.
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
@@ -134,7 +134,7 @@ def fit(
     # Sparse gradients: a step costs what its items cost, not what the catalog does.
     table = nn.Embedding(past.n_items, width, sparse=True, device=device)
     nn.init.normal_(table.weight, std=START)
-    losses = _train(encoder, table, stretches, rng, on_epoch) if len(stretches.user) else ()
+    losses = _train(encoder, table, stretches, learning_rate, rng, on_epoch) if len(stretches.user) else ()
     items = F.normalize(table.weight.detach(), dim=1).cpu().numpy()
     return Vectors(items, encoder.cpu().eval(), history, losses=losses)
 
@@ -143,6 +143,7 @@ def _train(
     encoder: Encoder,
     table: nn.Embedding,
     stretches: Stretches,
+    learning_rate: float,
     rng: np.random.Generator,
     on_epoch: Callable[[int, float, float], None],
 ) -> tuple[tuple[float, float], ...]:
@@ -198,8 +199,8 @@ def _train(
         return lost / weight_sum, gained / weight_sum
 
     optimisers = (
-        torch.optim.Adam(encoder.parameters(), lr=LEARNING_RATE, fused=True),
-        torch.optim.SparseAdam(table.parameters(), lr=LEARNING_RATE),
+        torch.optim.Adam(encoder.parameters(), lr=learning_rate, fused=True),
+        torch.optim.SparseAdam(table.parameters(), lr=learning_rate),
     )
     losses: list[tuple[float, float]] = []
     training = stretches.forever(train, rng)
@@ -208,7 +209,7 @@ def _train(
     kept = copy.deepcopy((encoder.state_dict(), table.state_dict()))
     for epoch in range(EPOCHS):
         for optimiser in optimisers:
-            optimiser.param_groups[0]["lr"] = LEARNING_RATE * (1.0 - epoch / EPOCHS)
+            optimiser.param_groups[0]["lr"] = learning_rate * (1.0 - epoch / EPOCHS)
         taught = []
         encoder.train()
         for chosen in islice(training, steps):

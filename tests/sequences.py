@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from app.state.events import EventType
-from models.recall import Interactions, Vectors, sequences
+from models.recall import Interactions, Vectors, gru4rec, sasrec, sequences
 
 DAY_MS = 86_400_000
 ITEMS = 12
@@ -21,8 +21,10 @@ HISTORY = 6
 def small_steps() -> Iterator[None]:
     """Training as a catalog of a dozen items needs it."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"EPOCHS": 8, "TARGETS": 256, "UNIFORM": 64}.items():
-            patch.setattr(sequences, name, value)
+        patch.setattr(sequences, "TARGETS", 256)
+        patch.setattr(sequences, "UNIFORM", 64)
+        for model in (sasrec, gru4rec):
+            patch.setattr(model, "EPOCHS", 8)
         yield
 
 

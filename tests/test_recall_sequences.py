@@ -48,7 +48,7 @@ def test_the_next_item_of_the_rule_comes_first(fitted: Vectors) -> None:
 
 @models
 def test_untrained_it_does_not_know_the_rule(model: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sequences, "EPOCHS", 1)
+    monkeypatch.setattr(model, "EPOCHS", 1)
     monkeypatch.setattr(model, "LEARNING_RATE", 1e-9)
     best = scores([[last] for last in range(ITEMS)], model.fit(circle(), history=HISTORY)).argmax(1)
     assert (best == (np.arange(ITEMS) + 1) % ITEMS).mean() < 0.5
@@ -106,7 +106,7 @@ def test_the_exported_encoder_is_the_encoder(fitted: Vectors, tmp_path: Path) ->
 
 @models
 def test_a_seed_gives_the_same_network_and_the_same_report(model: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sequences, "EPOCHS", 3)
+    monkeypatch.setattr(model, "EPOCHS", 3)
     past, seen = circle(60), []
     once, again, other = (
         model.fit(past, history=HISTORY, seed=seed, on_epoch=lambda *epoch: seen.append(epoch)) for seed in (0, 0, 1)
@@ -125,7 +125,7 @@ def test_a_seed_gives_the_same_network_and_the_same_report(model: ModuleType, mo
 def test_too_little_to_learn_from_still_gives_vectors(
     model: ModuleType, past: Interactions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sequences, "EPOCHS", 2)
+    monkeypatch.setattr(model, "EPOCHS", 2)
     fitted = model.fit(past, history=HISTORY)
     assert fitted.items.shape == (past.n_items, 64)
     assert np.isfinite(scores([[], [0], [0] * 9], fitted)).all()

@@ -16,6 +16,7 @@ from models.recall import Interactions, Vectors, sequences
 WIDTH = 64
 STATE = 64
 LEARNING_RATE = 4e-3
+EPOCHS = 12
 DROPOUT = 0.2
 HOLD = 40.0
 """Logit at which the update gate is exactly 1."""
@@ -73,6 +74,7 @@ def fit(
         Encoder,
         width=WIDTH,
         learning_rate=LEARNING_RATE,
+        epochs=EPOCHS,
         history=history,
         seed=seed,
         device=device,

@@ -17,6 +17,7 @@ from models.recall import Interactions, Vectors, sequences
 WIDTH = 64
 HIDDEN = 64
 LEARNING_RATE = 2e-3
+EPOCHS = 30
 DROPOUT = 0.4
 NOWHERE = -1e4
 """Attention logit of padding; finite, so that an empty history is no NaN."""
@@ -90,6 +91,7 @@ def fit(
         lambda: Encoder(history),
         width=WIDTH,
         learning_rate=LEARNING_RATE,
+        epochs=EPOCHS,
         history=history,
         seed=seed,
         device=device,

@@ -28,7 +28,6 @@ UNIFORM = 1024
 """Items drawn for a step besides its own targets."""
 FEWEST_STEPS, MOST_STEPS = 32, 256
 """In an epoch, which within these bounds sees every event once."""
-EPOCHS = 30
 PATIENCE = 3
 """Epochs without a better one after which training stops."""
 HELD_OUT = 0.05
@@ -115,6 +114,7 @@ def fit(
     *,
     width: int,
     learning_rate: float,
+    epochs: int,
     history: int,
     seed: int,
     device: str,
@@ -123,7 +123,7 @@ def fit(
     """Trains the encoder that `make` gives, and unit vectors of the items with it, until it foresees the next items
     of held-out users no better, and keeps the best epoch. Validation losses are over the whole catalog.
 
-    The learning rate falls in a line from the given one to 0 at the last epoch. The same seed gives the same network
+    The learning rate falls in a line from the given one to 0 after `epochs`. The same seed gives the same network
     on one thread of a CPU.
     """
     torch.manual_seed(seed)
@@ -134,7 +134,7 @@ def fit(
     # Sparse gradients: a step costs what its items cost, not what the catalog does.
     table = nn.Embedding(past.n_items, width, sparse=True, device=device)
     nn.init.normal_(table.weight, std=START)
-    losses = _train(encoder, table, stretches, learning_rate, rng, on_epoch) if len(stretches.user) else ()
+    losses = _train(encoder, table, stretches, learning_rate, epochs, rng, on_epoch) if len(stretches.user) else ()
     items = F.normalize(table.weight.detach(), dim=1).cpu().numpy()
     return Vectors(items, encoder.cpu().eval(), history, losses=losses)
 
@@ -144,6 +144,7 @@ def _train(
     table: nn.Embedding,
     stretches: Stretches,
     learning_rate: float,
+    epochs: int,
     rng: np.random.Generator,
     on_epoch: Callable[[int, float, float], None],
 ) -> tuple[tuple[float, float], ...]:
@@ -207,9 +208,9 @@ def _train(
     steps = min(max(len(stretches.batches(train, rng)), FEWEST_STEPS), MOST_STEPS)
     best, waited = 0.0, 0
     kept = copy.deepcopy((encoder.state_dict(), table.state_dict()))
-    for epoch in range(EPOCHS):
+    for epoch in range(epochs):
         for optimiser in optimisers:
-            optimiser.param_groups[0]["lr"] = learning_rate * (1.0 - epoch / EPOCHS)
+            optimiser.param_groups[0]["lr"] = learning_rate * (1.0 - epoch / epochs)
         taught = []
         encoder.train()
         for chosen in islice(training, steps):

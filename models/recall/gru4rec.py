@@ -19,7 +19,7 @@ from models.recall import Interactions, Vectors, sequences
 WIDTH = 64
 STATE = 64
 LEARNING_RATE = 4e-3
-EPOCHS = 12
+EPOCHS = 8
 DROPOUT = 0.2
 HOLD = 40.0
 """Logit at which the update gate is exactly 1."""

@@ -62,8 +62,8 @@ class Anchors(_Spec):
 class VectorSpec(_Spec):
     """User encoder + item vectors: `encoder(history, kinds, ages_s, profile) -> [B, d]`, score = dot product.
 
-    history [B, L, d] holds the vectors of the last L known items, most recent last; kinds [B, L] the event
-    types, 0 for padding; profile [B, P] hashed attributes, 0 for padding.
+    history [B, L, c] holds `inputs`, or where there are none the vectors, of the last L known items, most recent
+    last; kinds [B, L] the event types, 0 for padding; profile [B, P] hashed attributes, 0 for padding.
     """
 
     kind: Literal["vectors"] = "vectors"
@@ -77,6 +77,8 @@ class VectorSpec(_Spec):
     """Measured share of the exact top 100 that the index finds."""
     encoder: str
     """torch.export archive."""
+    inputs: str | None = None
+    """safetensors file with `vectors` float16 [n, c]."""
     history: int = 32
     profile: int = 8
 
@@ -256,7 +258,7 @@ def _check_references(manifest: Manifest) -> None:
 def _files_of(spec: SourceSpec | RankerSpec) -> tuple[str, ...]:
     match spec:
         case VectorSpec():
-            return spec.vectors, spec.index, spec.encoder
+            return tuple(filter(None, (spec.vectors, spec.index, spec.encoder, spec.inputs)))
         case NeighbourSpec() | BasketSpec():
             return (spec.table,)
         case ListSpec():

@@ -31,9 +31,11 @@ from models.recall import (
     covisits,
     discovery,
     ease,
+    gru4rec,
     item_cf,
     lists,
     rp3beta,
+    sasrec,
     session_knn,
     transitions,
     two_tower,
@@ -66,6 +68,8 @@ K: Mapping[str, int] = {
     "covisits": 60,
     "session": 40,
     "two_tower": 80,
+    "sasrec": 60,
+    "gru4rec": 60,
     "content": 40,
     "taste": 40,
     "complements": 40,
@@ -235,6 +239,16 @@ def _two_tower(draft: Draft, past: Past) -> None:
         _vectors(draft, "two_tower", towers, past)
 
 
+def _sasrec(draft: Draft, past: Past) -> None:
+    if len(past.events.user) >= TOWERS_FROM:
+        _vectors(draft, "sasrec", sasrec.fit(past.events, seed=past.seed, on_epoch=_noted(past, "sasrec")), past)
+
+
+def _gru4rec(draft: Draft, past: Past) -> None:
+    if len(past.events.user) >= TOWERS_FROM:
+        _vectors(draft, "gru4rec", gru4rec.fit(past.events, seed=past.seed, on_epoch=_noted(past, "gru4rec")), past)
+
+
 def _content(draft: Draft, past: Past) -> None:
     _neighbours(draft, "content", content.fit(past.items.frame, k=past.width.neighbours), _anchors(7, 16))
     # The same table asked about all that the shopper ever wanted: a taste rather than an errand.
@@ -294,6 +308,8 @@ MODELS: Mapping[str, Callable[[Draft, Past], None]] = {
     "transitions": _transitions,
     "covisits": _covisits,
     "two_tower": _two_tower,
+    "sasrec": _sasrec,
+    "gru4rec": _gru4rec,
     "content": _content,
     "complements": _complements,
     "category": _category,
@@ -355,6 +371,9 @@ def _baskets(draft: Draft, name: str, made: session_knn.Baskets, anchors: Anchor
 def _vectors(draft: Draft, name: str, towers: Vectors, past: Past) -> None:
     vectors = np.ascontiguousarray(towers.items, np.float32)
     kind, recall = build_index(vectors, vectors, draft.path / f"{name}.faiss", past.seed)
+    inputs = None
+    if towers.inputs is not None:
+        inputs = draft.save(f"{name}_inputs.safetensors", {"vectors": torch.from_numpy(towers.inputs).half()})
     draft.sources.append(
         VectorSpec(
             name=name,
@@ -363,6 +382,7 @@ def _vectors(draft: Draft, name: str, towers: Vectors, past: Past) -> None:
             index_kind=kind,
             index_recall=recall,
             encoder=save_program(towers.export(), draft.path / f"{name}.pt2"),
+            inputs=inputs,
             history=towers.history,
             profile=towers.profile,
         )

@@ -59,13 +59,13 @@ class VectorSource:
     def __init__(self, spec: VectorSpec, bundle: Bundle, device: torch.device) -> None:
         self.name = spec.name
         self.spec = spec
-        self.vectors = bundle.tensors(spec.vectors)["vectors"].to(device)
-        if len(self.vectors) != bundle.manifest.items:
-            raise BundleError(f"{spec.vectors} has {len(self.vectors)} vectors for {bundle.manifest.items} items")
-        if self.vectors.dtype != torch.float16:
-            raise BundleError(f"{spec.vectors} is of {self.vectors.dtype}, not float16")
-        self._halves = halves(bundle.tensors(spec.vectors)["vectors"])
+        scored = _item_vectors(spec.vectors, bundle)
+        read = scored if spec.inputs is None else _item_vectors(spec.inputs, bundle)
+        self._scored, self._read = halves(scored), halves(read)
+        self.vectors = scored.to(device)
+        self.inputs = self.vectors if read is scored else read.to(device)
         self.encode = load_program(bundle.path / spec.encoder, device)
+        self._check_encoder(device)
         self.index = _open_index(str(bundle.path / spec.index), device)
         if (self.index.ntotal, self.index.d) != tuple(self.vectors.shape):
             raise BundleError(
@@ -84,15 +84,31 @@ class VectorSource:
         if isinstance(batch.scratch, Scratch):
             found = np.empty(len(query), np.float32)
             users = batch.user_vectors[self.name].numpy()
-            kernels.dots(users, self._halves, query.numpy(), row.numpy(), found)
+            kernels.dots(users, self._scored, query.numpy(), row.numpy(), found)
             return torch.from_numpy(found)
         return (batch.user_vectors[self.name].index_select(0, query) * self.vectors.index_select(0, row)).sum(1)
+
+    def _check_encoder(self, device: torch.device) -> None:
+        # A program does not check what it is given.
+        length, width = self.spec.history, self.inputs.shape[1]
+        history, ages_s = torch.zeros(1, length, width, device=device), torch.zeros(1, length, device=device)
+        kinds, profile = ages_s.long(), torch.zeros(1, self.spec.profile, dtype=torch.int64, device=device)
+        try:
+            shape = self.encode(history, kinds, ages_s, profile).shape
+        except Exception as error:
+            raise BundleError(
+                f"{self.spec.encoder} cannot read histories of {length} times {width}: {error}"
+            ) from error
+        if shape != (1, self.vectors.shape[1]):
+            raise BundleError(
+                f"{self.spec.encoder} gives {list(shape)}, {self.spec.vectors} {list(self.vectors.shape)}"
+            )
 
     def _inputs(self, batch: Batch, context: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         length, device = self.spec.history, batch.device
         if isinstance(batch.scratch, Scratch):
             found = kernels.history(
-                self._halves,
+                self._read,
                 kernels.starts(batch.query.numpy(), batch.size),
                 batch.row.numpy(),
                 batch.kind.numpy(),
@@ -119,8 +135,8 @@ class VectorSource:
         recent = (last < length).nonzero().squeeze(1)
         cell = query.index_select(0, recent) * length + (length - 1 - last.index_select(0, recent))
         cells = batch.size * length
-        history = torch.zeros(cells, self.vectors.shape[1], device=device)
-        history.index_copy_(0, cell, self.vectors.index_select(0, row.index_select(0, recent)).float())
+        history = torch.zeros(cells, self.inputs.shape[1], device=device)
+        history.index_copy_(0, cell, self.inputs.index_select(0, row.index_select(0, recent)).float())
         kinds = torch.zeros(cells, dtype=torch.int64, device=device)
         kinds.index_copy_(0, cell, kind.index_select(0, recent))
         ages = torch.zeros(cells, device=device).index_copy_(0, cell, age_s.index_select(0, recent))
@@ -366,6 +382,15 @@ class ListSource:
         order, rank = _ranked(torch.zeros_like(row), total, 1)
         order, rank = order[:k], rank[:k]
         return Recalled(torch.zeros_like(rank), row[order], total[order], rank)
+
+
+def _item_vectors(file: str, bundle: Bundle) -> Tensor:
+    vectors = bundle.tensors(file)["vectors"]
+    if vectors.dtype != torch.float16 or vectors.ndim != 2:
+        raise BundleError(f"{file} is of {vectors.dtype} {list(vectors.shape)}, not float16 [n, c]")
+    if len(vectors) != bundle.manifest.items:
+        raise BundleError(f"{file} has {len(vectors)} vectors for {bundle.manifest.items} items")
+    return vectors
 
 
 def _check_rows(rows: Tensor, file: str, reach: int) -> None:

@@ -1,0 +1,236 @@
+"""What SASRec and GRU4Rec share: learning to foresee every next event of everybody.
+
+The loss decides more than the network does: with binary cross-entropy and one negative the same networks are a third
+worse (Klenitskiy & Vasilev, RecSys 2023; Petrov & Macdonald, RecSys 2023). Here it is a softmax over the batch's own
+targets and uniformly drawn items (mixed negatives; Yang et al., WWW 2020), every sampled logit less the logarithm of
+how often it is sampled (Bengio & Senécal, 2008), of unit vectors over a small temperature.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from itertools import islice
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from app.state.events import FOLDED
+from models.recall import STRENGTH, Interactions, Vectors
+
+TEMPERATURE = 0.07
+START = 0.02
+"""Standard deviation of the item vectors at the start. Only direction counts, so that the shorter turn faster."""
+TARGETS = 1024
+"""Events foretold in a step."""
+UNIFORM = 1024
+"""Items drawn for a step besides its own targets."""
+FEWEST_STEPS, MOST_STEPS = 32, 256
+"""In an epoch, which within these bounds sees every event once."""
+PATIENCE = 3
+"""Epochs without a better one after which training stops."""
+HELD_OUT = 0.05
+"""Share of the users who only validate."""
+VALIDATED = 8192
+"""Targets that validate, at most."""
+CELLS = 2**24
+"""Scores in memory at a time when validating."""
+
+Longs = npt.NDArray[np.int64]
+Batch = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+class Encoder(nn.Module):
+    """A network of sequences: `forward` as in `Vectors.encoder`, and what it would have said after every event."""
+
+    def states(self, history: Tensor, kinds: Tensor, ages_s: Tensor) -> Tensor:
+        """[B, L, d], each of length 1 / `TEMPERATURE`; the last ones are what `forward` gives."""
+        raise NotImplementedError
+
+
+class Stretches:
+    """Everybody's events in stretches of at most `length`, the first of a user being what is left.
+
+    Each event is foretold once, from those before it in its stretch and the one before the stretch. A user's first is
+    foretold from nothing: what a stranger gets is learned too.
+    """
+
+    def __init__(self, past: Interactions, length: int) -> None:
+        user, row, ts_ms, kind, self._n_items = past
+        begin = np.flatnonzero(np.diff(user, prepend=-1))
+        size = np.diff(begin, append=len(user))
+        count = -(-size // length)
+        owner = np.repeat(np.arange(len(begin)), count)
+        from_end = np.arange(len(owner)) - np.repeat(np.cumsum(count) - count, count)
+        end = (begin + size)[owner] - from_end * length
+        start = np.maximum(end - length, begin[owner])
+        wanted = np.append(0, np.cumsum(STRENGTH[kind] > 0))
+        useful = wanted[end] > wanted[start]
+        self.start, self.end = start[useful], end[useful]
+        self._read_from = np.maximum(start - 1, begin[owner])[useful]
+        self.user = user[self.start]
+        self._row, self._kind, self._ts_ms = row.astype(np.int64), kind.astype(np.int64), ts_ms
+
+    def read(self, chosen: Longs) -> Batch:
+        """[B, T + 1], the last event last: rows (-1 where padding), kinds, ages in seconds as of the last, and how
+        much each but the first is to be foretold [B, T]."""
+        start, end = self.start[chosen, None], self.end[chosen, None]
+        index = end - np.arange((end - start).max() + 1, 0, -1)
+        real, target = index >= self._read_from[chosen, None], index[:, 1:]
+        age_s = (self._ts_ms[end - 1] - self._ts_ms[index]) / 1000.0
+        return (
+            torch.from_numpy(np.where(real, self._row[index], -1)),
+            torch.from_numpy(np.where(real, self._kind[index], 0)),
+            torch.from_numpy(np.where(real, age_s, 0.0).astype(np.float32)),
+            torch.from_numpy(np.where(target >= start, STRENGTH[self._kind[target]], np.float32(0))),
+        )
+
+    def batches(self, chosen: Longs, rng: np.random.Generator) -> list[Longs]:
+        """All of `chosen` in batches of some `TARGETS` targets and of about one length, so with little padding."""
+        length = (self.end - self.start)[chosen]
+        order = np.lexsort((rng.random(len(chosen)), length))
+        batch = np.cumsum(length[order]) // TARGETS
+        parts = np.split(chosen[order], np.flatnonzero(np.diff(batch)) + 1)
+        return [parts[index] for index in rng.permutation(len(parts))]
+
+    def forever(self, chosen: Longs, rng: np.random.Generator) -> Iterator[Longs]:
+        while True:
+            yield from self.batches(chosen, rng)
+
+    def targeted(self, chosen: Longs) -> Tensor:
+        """float32 [n]: the share of each item among the targets of `chosen`."""
+        edges = np.zeros(len(self._row) + 1)
+        edges[self.start[chosen]] += 1
+        edges[self.end[chosen]] -= 1
+        times = np.cumsum(edges[:-1]) * (STRENGTH[self._kind] > 0)
+        total = np.bincount(self._row, times, minlength=self._n_items)
+        return torch.from_numpy(total / total.sum()).float()
+
+
+def fit(
+    past: Interactions,
+    make: Callable[[], Encoder],
+    *,
+    width: int,
+    learning_rate: float,
+    epochs: int,
+    history: int,
+    seed: int,
+    device: str,
+    on_epoch: Callable[[int, float, float], None],
+) -> Vectors:
+    """Trains the encoder that `make` gives, and unit vectors of the items with it, until it foresees the next items
+    of held-out users no better, and keeps the best epoch. Validation losses are over the whole catalog.
+
+    The learning rate falls in a line from the given one to 0 after `epochs`. The same seed gives the same network
+    on one thread of a CPU.
+    """
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    # The service keeps no other events, so the encoder must not learn from them either.
+    stretches = Stretches(past.where(np.isin(past.kind, list(FOLDED))), history)
+    encoder = make().to(device)
+    # Sparse gradients: a step costs what its items cost, not what the catalog does.
+    table = nn.Embedding(past.n_items, width, sparse=True, device=device)
+    nn.init.normal_(table.weight, std=START)
+    losses = _train(encoder, table, stretches, learning_rate, epochs, rng, on_epoch) if len(stretches.user) else ()
+    items = F.normalize(table.weight.detach(), dim=1).cpu().numpy()
+    return Vectors(items, encoder.cpu().eval(), history, losses=losses)
+
+
+def _train(
+    encoder: Encoder,
+    table: nn.Embedding,
+    stretches: Stretches,
+    learning_rate: float,
+    epochs: int,
+    rng: np.random.Generator,
+    on_epoch: Callable[[int, float, float], None],
+) -> tuple[tuple[float, float], ...]:
+    people = rng.permutation(np.unique(stretches.user))
+    held = np.isin(stretches.user, people[: int(HELD_OUT * len(people))])
+    train = np.flatnonzero(~held)
+    valid = rng.permutation(np.flatnonzero(held) if held.any() else train)
+    of_valid = np.cumsum((stretches.end - stretches.start)[valid])
+    validation = stretches.batches(valid[: max(1, int((of_valid <= VALIDATED).sum()))], rng)
+    device, n_items = table.weight.device, len(table.weight)
+    targeted = stretches.targeted(train).to(device)
+
+    def read(chosen: Longs) -> Batch:
+        rows, kinds, ages_s, weight = stretches.read(chosen)
+        return rows.to(device), kinds.to(device), ages_s.to(device), weight.to(device)
+
+    def loss(chosen: Longs) -> Tensor:
+        rows, kinds, ages_s, weight = read(chosen)
+        drawn = torch.from_numpy(rng.integers(0, n_items, UNIFORM)).to(device)
+        # Every item of the batch is looked up once. Row 0 of `vectors` stays for padding.
+        distinct, index = torch.unique(torch.cat([rows.new_tensor([-1]), rows.flatten(), drawn]), return_inverse=True)
+        vectors = F.pad(F.normalize(table(distinct[1:]), dim=1), (0, 0, 1, 0))
+        of_rows, of_drawn = index[1:].split([rows.numel(), UNIFORM])
+        of_rows, wanted = of_rows.view(rows.shape), weight > 0
+        states = encoder.states(F.embedding(of_rows[:, :-1], vectors), kinds[:, :-1], ages_s[:, :-1])[wanted]
+        target, weight = of_rows[:, 1:][wanted], weight[wanted]
+        sampled, times = torch.unique(torch.cat([target, of_drawn]), return_counts=True)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            logit = states @ F.embedding(sampled, vectors).T
+        expected = len(target) * targeted[distinct[sampled]] + UNIFORM / n_items
+        place = torch.searchsorted(sampled, target)[:, None]
+        logit = (logit + torch.log(times / expected)).scatter(1, place, logit.float().gather(1, place))
+        each = F.cross_entropy(logit, place.squeeze(1), reduction="none")
+        total: Tensor = (each * weight).sum() / weight.sum()
+        return total
+
+    def validate() -> tuple[float, float]:
+        """The loss, and the mean of 1 / log2(1 + rank), which goes on rising when the network becomes too sure."""
+        vectors = F.pad(F.normalize(table.weight, dim=1), (0, 0, 1, 0))
+        total = torch.zeros(3, device=device)
+        for rows, kinds, ages_s, weight in map(read, validation):
+            wanted = weight > 0
+            states = encoder.states(F.embedding(rows[:, :-1] + 1, vectors), kinds[:, :-1], ages_s[:, :-1])[wanted]
+            columns = states, rows[:, 1:][wanted], weight[wanted]
+            parts = (torch.split(column, max(1, CELLS // n_items)) for column in columns)
+            for state, target, weigh in zip(*parts, strict=True):
+                logit = state @ vectors[1:].T
+                own = logit.gather(1, target[:, None])
+                gain = 1.0 / torch.log2(2.0 + (logit > own).sum(1))
+                each = torch.stack([logit.logsumexp(1) - own[:, 0], gain, torch.ones_like(gain)])
+                total += (each * weigh).sum(1)
+        lost, gained, weight_sum = total.tolist()
+        return lost / weight_sum, gained / weight_sum
+
+    optimisers = (
+        torch.optim.Adam(encoder.parameters(), lr=learning_rate, fused=True),
+        torch.optim.SparseAdam(table.parameters(), lr=learning_rate),
+    )
+    losses: list[tuple[float, float]] = []
+    training = stretches.forever(train, rng)
+    steps = min(max(len(stretches.batches(train, rng)), FEWEST_STEPS), MOST_STEPS)
+    best, waited = 0.0, 0
+    kept = copy.deepcopy((encoder.state_dict(), table.state_dict()))
+    for epoch in range(epochs):
+        for optimiser in optimisers:
+            optimiser.param_groups[0]["lr"] = learning_rate * (1.0 - epoch / epochs)
+        taught = []
+        encoder.train()
+        for chosen in islice(training, steps):
+            value = loss(chosen)
+            for optimiser in optimisers:
+                optimiser.zero_grad()
+            value.backward()  # type: ignore[no-untyped-call]
+            for optimiser in optimisers:
+                optimiser.step()
+            taught.append(value.item())
+        encoder.eval()
+        with torch.no_grad():
+            tested, quality = validate()
+        losses.append((float(np.mean(taught)), tested))
+        on_epoch(epoch, *losses[-1])
+        if quality > best:
+            best, waited = quality, 0
+            kept = copy.deepcopy((encoder.state_dict(), table.state_dict()))
+        elif (waited := waited + 1) >= PATIENCE:
+            break
+    encoder.load_state_dict(kept[0])
+    table.load_state_dict(kept[1])
+    return tuple(losses)

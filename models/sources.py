@@ -236,17 +236,19 @@ def _two_tower(draft: Draft, past: Past) -> None:
             seed=past.seed,
             on_epoch=_noted(past, "two_tower"),
         )
-        _vectors(draft, "two_tower", towers, past)
+        _vectors(draft, "two_tower", towers, past.seed)
 
 
 def _sasrec(draft: Draft, past: Past) -> None:
     if len(past.events.user) >= TOWERS_FROM:
-        _vectors(draft, "sasrec", sasrec.fit(past.events, seed=past.seed, on_epoch=_noted(past, "sasrec")), past)
+        _vectors(draft, "sasrec", sasrec.fit(past.events, seed=past.seed, on_epoch=_noted(past, "sasrec")), past.seed)
 
 
 def _gru4rec(draft: Draft, past: Past) -> None:
     if len(past.events.user) >= TOWERS_FROM:
-        _vectors(draft, "gru4rec", gru4rec.fit(past.events, seed=past.seed, on_epoch=_noted(past, "gru4rec")), past)
+        _vectors(
+            draft, "gru4rec", gru4rec.fit(past.events, seed=past.seed, on_epoch=_noted(past, "gru4rec")), past.seed
+        )
 
 
 def _content(draft: Draft, past: Past) -> None:
@@ -368,9 +370,9 @@ def _baskets(draft: Draft, name: str, made: session_knn.Baskets, anchors: Anchor
     draft.sources.append(BasketSpec(name=name, table=draft.save(f"{name}.safetensors", tensors), anchors=anchors))
 
 
-def _vectors(draft: Draft, name: str, towers: Vectors, past: Past) -> None:
+def _vectors(draft: Draft, name: str, towers: Vectors, seed: int) -> None:
     vectors = np.ascontiguousarray(towers.items, np.float32)
-    kind, recall = build_index(vectors, vectors, draft.path / f"{name}.faiss", past.seed)
+    kind, recall = build_index(vectors, vectors, draft.path / f"{name}.faiss", seed)
     inputs = None
     if towers.inputs is not None:
         inputs = draft.save(f"{name}_inputs.safetensors", {"vectors": torch.from_numpy(towers.inputs).half()})

@@ -61,7 +61,7 @@ def fit_als(
     *,
     half_life_days: float | None = 60.0,
     width: int = 128,
-    unobserved: float = 0.01,
+    unobserved: float = 0.003,
     ridge: float = 0.01,
     iterations: int = 12,
     history: int = 256,

@@ -1,0 +1,91 @@
+"""LightGCN (He et al., SIGIR 2020): vectors learned through the graph of users and items, users known by their items.
+
+A user starts from nothing, not from a vector of their own (as INMO; Wu et al., SIGIR 2022), so that three layers of
+propagation over R, the user-item matrix divided by the roots of both degrees, are
+
+    items = E + R'R E        users = R items
+
+and a user's vector is a sum over their items: what the service computes is what was trained. Two more changes make a
+thousand epochs a few: a sampled softmax over cosines in the place of BPR (Wu et al., TOIS 2024), and a start from the
+leading singular vectors of R.
+"""
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.recall import Interactions, Vectors
+from models.recall.ease import user_items
+from models.recall.mf import bag, product
+from models.recall.spectral import Sum, damped, degrees, leading
+
+TEMPERATURE = 0.1
+LEARNING_RATE = 0.02
+WARM_UP = 10
+"""Steps in which the learning rate is reached; over the others it falls to zero."""
+BATCH = 1024
+"""Users in a step; less where an epoch would have fewer than 16 steps."""
+POPULARITY = 0.1
+"""Power of an item's degree that its vector is scaled by in the end: a cosine alone knows no popularity."""
+NEGATIVES = 4096
+"""Uniformly drawn items in a step."""
+
+
+def fit(
+    past: Interactions,
+    *,
+    half_life_days: float | None = 60.0,
+    width: int = 128,
+    epochs: int = 5,
+    history: int = 256,
+    seed: int = 0,
+) -> Vectors:
+    """Learns to tell what each user had from items drawn uniformly, each by its weight in `user_items`.
+
+    The same seed gives the same vectors on one thread.
+    """
+    matrix = user_items(past, int(past.ts_ms.max(initial=0)), half_life_days)
+    active, n_items = np.flatnonzero(np.diff(matrix.indptr)), matrix.shape[1]
+    walk = damped(matrix, 0.5, 0.5)
+    back = walk.T.tocsr()
+    of_item = torch.from_numpy(degrees(matrix, 0))[:, None]
+    rng = np.random.default_rng(seed)
+    values, right = leading(walk, width, rng)
+    start = right * values
+    start *= math.sqrt(n_items) / (float(np.linalg.norm(start)) + 1e-12)
+    table = torch.from_numpy(start).requires_grad_()
+
+    def outputs() -> tuple[Tensor, Tensor]:
+        """What a history holds of each item, and unit vectors that it is scored by."""
+        items = table + product(back, product(walk, table))
+        return items * of_item**-0.5, F.normalize(items, dim=1)
+
+    steps = math.ceil(len(active) / min(BATCH, math.ceil(len(active) / 16))) if len(active) else 0
+    optimiser = torch.optim.Adam([table], betas=(0.9, 0.99), fused=True)
+    losses = []
+    for epoch in range(epochs if steps else 0):
+        taught = []
+        for step, users in enumerate(np.array_split(rng.permutation(active), steps), epoch * steps):
+            inputs, items = outputs()
+            wanted = matrix[users]
+            vectors = bag(wanted, inputs) / TEMPERATURE
+            drawn = torch.from_numpy(rng.integers(0, n_items, NEGATIVES))
+            any_item = (vectors @ items[drawn].T).logsumexp(1) + math.log(n_items / NEGATIVES)
+            weight = torch.from_numpy(np.asarray(wanted.sum(1), np.float32).ravel())
+            own = (vectors * product(wanted, items)).sum(1)
+            loss = (weight * any_item - own).sum() / weight.sum()
+            optimiser.param_groups[0]["lr"] = (
+                LEARNING_RATE * min(1.0, (step + 1) / WARM_UP) * (1.0 - step / (epochs * steps))
+            )
+            optimiser.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimiser.step()
+            taught.append(loss.item())
+        losses.append((float(np.mean(taught)), math.nan))
+    with torch.no_grad():
+        inputs, items = outputs()
+        items *= of_item**POPULARITY
+    return Vectors(items.numpy(), Sum(half_life_days).eval(), history, inputs=inputs.numpy(), losses=tuple(losses))

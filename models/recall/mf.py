@@ -1,0 +1,208 @@
+"""Matrix factorisation: weighted least squares and pairwise ranking, users computed from what they did.
+
+- `fit_als`: Hu, Koren & Volinsky (ICDM, 2008) with the objective of Rendle, Krichene, Zhang & Koren (RecSys, 2022),
+  whose regularisation grows with the frequency, by conjugate gradients (Takács, Pilászy & Tikk, RecSys 2011). The
+  encoder solves for a user's vector outright.
+- `fit_bpr`: Rendle, Freudenthaler, Gantner & Schmidt-Thieme (UAI, 2009), where a user is the sum of their items'
+  vectors as in FISM (Kabbur, Ning & Karypis, KDD 2013), the items to be foreseen left out.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import scipy.sparse as sp
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from app.state.events import EventType
+from models.data.times import DAY_MS
+from models.recall import STRENGTH, Interactions, Vectors
+from models.recall.ease import user_items
+from models.recall.spectral import Sum
+
+STEPS = 3
+"""Of conjugate gradients for each side in each iteration, starting from the last solution."""
+CHUNK = 65_536
+"""Pairs gathered at a time."""
+LEARNING_RATE = 0.01
+BATCH = 512
+"""Users in a step of `fit_bpr`; less where an epoch would have fewer than 16 steps."""
+
+
+class LeastSquares(nn.Module):
+    """`forward(history, kinds, ages_s, profile) -> [B, d]`: the solution u of
+
+    (diag(base) + sum of w (h h' + ridge I)) u = sum of w h, for vectors h and weights w of a history.
+    """
+
+    def __init__(self, base: Tensor, ridge: float, half_life_days: float | None) -> None:
+        super().__init__()
+        weight = torch.from_numpy(STRENGTH / STRENGTH[EventType.PURCHASE])
+        self.weight = nn.Embedding.from_pretrained(weight[:, None])  # type: ignore[no-untyped-call]
+        self.rate = 0.0 if half_life_days is None else -math.log(2) * 1000 / DAY_MS / half_life_days
+        self.base = nn.Buffer(base)
+        self.ridge = ridge
+
+    def forward(self, history: Tensor, kinds: Tensor, ages_s: Tensor, profile: Tensor) -> Tensor:
+        weight = self.weight(kinds) * torch.exp(ages_s * self.rate).unsqueeze(2)
+        weighted = history * weight
+        diagonal = torch.diag_embed(self.base + self.ridge * weight.sum(1))
+        normal = torch.baddbmm(diagonal, weighted.transpose(1, 2), history)
+        solved: Tensor = torch.linalg.solve(normal, weighted.sum(1))
+        return solved
+
+
+def fit_als(
+    past: Interactions,
+    *,
+    half_life_days: float | None = 60.0,
+    width: int = 128,
+    unobserved: float = 0.003,
+    ridge: float = 0.01,
+    iterations: int = 12,
+    history: int = 256,
+    seed: int = 0,
+) -> Vectors:
+    """Minimises sum of x (u'v - 1)^2 over what was wanted + `unobserved` times sum of (u'v)^2 over all pairs
+    + `ridge` times sum over u of (|x_u| + unobserved n_items) |u|^2, and over v likewise; X of `user_items`.
+    """
+    matrix = user_items(past, int(past.ts_ms.max(initial=0)), half_life_days)
+    sides = (matrix, matrix.T.tocsr())
+    rng = np.random.default_rng(seed)
+    users, items = (
+        rng.standard_normal((side.shape[0], width), np.float32) * np.float32(0.1 / math.sqrt(width)) for side in sides
+    )
+    ridges = [ridge * (np.asarray(side.sum(1), np.float32) + np.float32(unobserved * side.shape[1])) for side in sides]
+    for _ in range(iterations):
+        users = _descend(users, items, sides[0], unobserved, ridges[0])
+        items = _descend(items, users, sides[1], unobserved, ridges[1])
+    items[np.diff(sides[1].indptr) == 0] = 0.0
+    # In the axes of V'V all that users have in common is a diagonal.
+    squared, axes = np.linalg.eigh(items.T @ items)
+    base = unobserved * (np.maximum(squared, 0.0) + ridge * matrix.shape[1])
+    base = torch.from_numpy(np.maximum(base, 1e-6).astype(np.float32))
+    return Vectors(items @ axes, LeastSquares(base, ridge, half_life_days).eval(), history)
+
+
+def _descend(
+    own: npt.NDArray[np.float32],
+    other: npt.NDArray[np.float32],
+    wanted: sp.csr_matrix,
+    unobserved: float,
+    ridge: npt.NDArray[np.float32],
+) -> npt.NDArray[np.float32]:
+    """Conjugate gradients towards the vectors that fit `other` best; a row is a system of its own."""
+    gram = np.float32(unobserved) * (other.T @ other)
+    row = np.repeat(np.arange(len(own), dtype=np.int32), np.diff(wanted.indptr))
+    column, weight = wanted.indices, wanted.data
+
+    def applied(vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        fitted = np.empty(len(weight), np.float32)
+        for start in range(0, len(weight), CHUNK):
+            part = slice(start, start + CHUNK)
+            np.einsum("nd,nd->n", vectors[row[part]], other[column[part]], out=fitted[part])
+        observed = sp.csr_matrix((weight * fitted, column, wanted.indptr), shape=wanted.shape)
+        result: npt.NDArray[np.float32] = vectors @ gram + ridge * vectors + observed @ other
+        return result
+
+    residual = wanted @ other - applied(own)
+    direction = residual.copy()
+    size = np.einsum("nd,nd->n", residual, residual)
+    own = own.copy()
+    for _ in range(STEPS):
+        turned = applied(direction)
+        step = size / np.maximum(np.einsum("nd,nd->n", direction, turned), 1e-20)
+        own += step[:, None] * direction
+        residual -= step[:, None] * turned
+        last, size = size, np.einsum("nd,nd->n", residual, residual)
+        direction = residual + (size / np.maximum(last, 1e-20))[:, None] * direction
+    return own
+
+
+def fit_bpr(
+    past: Interactions,
+    *,
+    half_life_days: float | None = 60.0,
+    width: int = 64,
+    epochs: int = 30,
+    history: int = 256,
+    seed: int = 0,
+) -> Vectors:
+    """Learns that a user wants what is hidden of them more than an item drawn uniformly."""
+    matrix = user_items(past, int(past.ts_ms.max(initial=0)), half_life_days)
+    rng = np.random.default_rng(seed)
+    shape = (matrix.shape[1], width)
+    tables = [torch.from_numpy(rng.standard_normal(shape, np.float32) * np.float32(0.1)) for _ in range(2)]
+    inputs, items = (table.requires_grad_() for table in tables)
+    optimiser = torch.optim.Adam([inputs, items], lr=LEARNING_RATE, fused=True)
+    losses = []
+    for _ in range(epochs):
+        taught = []
+        for given, line, target in halves(matrix, min(BATCH, math.ceil(matrix.shape[0] / 16)), rng):
+            users = bag(given, inputs)[line]
+            drawn = torch.from_numpy(rng.integers(0, shape[0], len(target)))
+            ahead = (users * (items[target] - items[drawn])).sum(1)
+            loss = -F.logsigmoid(ahead).mean()
+            optimiser.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimiser.step()
+            taught.append(loss.item())
+        if taught:
+            losses.append((float(np.mean(taught)), math.nan))
+    return Vectors(
+        items.detach().numpy(),
+        Sum(half_life_days).eval(),
+        history,
+        inputs=inputs.detach().numpy(),
+        losses=tuple(losses),
+    )
+
+
+def halves(
+    matrix: sp.csr_matrix, size: int, rng: np.random.Generator
+) -> Iterator[tuple[sp.csr_matrix, Tensor, Tensor]]:
+    """An epoch: each user with two items or more once, a random part of their items given and the rest to be foreseen.
+
+    Yields the given [B, n], and for each target its line in the batch and its item. The part is another for each
+    user and epoch, uniformly from none of the items to all.
+    """
+    several = np.flatnonzero(np.diff(matrix.indptr) > 1)
+    for users in np.array_split(rng.permutation(several), math.ceil(len(several) / size)) if len(several) else ():
+        batch = matrix[users]
+        line = np.repeat(np.arange(len(users)), np.diff(batch.indptr))
+        draw = rng.random(batch.nnz, np.float32)
+        hidden = draw < (rng.random(len(users), np.float32) * 0.8 + 0.1)[line]
+        # At least one on either side.
+        order = np.lexsort((draw, line))
+        hidden[order[batch.indptr[:-1]]] = True
+        hidden[order[batch.indptr[1:] - 1]] = False
+        given = sp.csr_matrix(
+            (batch.data[~hidden], (line[~hidden], batch.indices[~hidden])), shape=batch.shape, dtype=np.float32
+        )
+        yield given, torch.from_numpy(line[hidden]), torch.from_numpy(batch.indices[hidden].astype(np.int64))
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, matrix: sp.csr_matrix, table: Tensor) -> Tensor:
+        ctx.matrix = matrix
+        return torch.from_numpy(matrix @ table.detach().numpy())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
+        return None, torch.from_numpy(ctx.matrix.T @ gradient.numpy())
+
+
+def product(matrix: sp.csr_matrix, table: Tensor) -> Tensor:
+    """A constant sparse matrix times a table that learns: on a CPU several times faster than torch's sparse tensors."""
+    result: Tensor = _Product.apply(matrix, table)  # type: ignore[no-untyped-call]
+    return result
+
+
+def bag(given: sp.csr_matrix, table: Tensor) -> Tensor:
+    """[B, d]: what `Sum` makes of histories in training."""
+    return F.normalize(product(given, table), dim=1)

@@ -33,10 +33,13 @@ from models.recall import (
     ease,
     gru4rec,
     item_cf,
+    lightgcn,
     lists,
+    mf,
     rp3beta,
     sasrec,
     session_knn,
+    spectral,
     transitions,
     two_tower,
 )
@@ -70,6 +73,10 @@ K: Mapping[str, int] = {
     "two_tower": 80,
     "sasrec": 60,
     "gru4rec": 60,
+    "spectral": 60,
+    "lightgcn": 60,
+    "als": 60,
+    "bpr": 40,
     "content": 40,
     "taste": 40,
     "complements": 40,
@@ -251,6 +258,22 @@ def _gru4rec(draft: Draft, past: Past) -> None:
         )
 
 
+def _spectral(draft: Draft, past: Past) -> None:
+    _vectors(draft, "spectral", spectral.fit(past.events, seed=past.seed), past.seed)
+
+
+def _lightgcn(draft: Draft, past: Past) -> None:
+    _vectors(draft, "lightgcn", lightgcn.fit(past.events, seed=past.seed), past.seed)
+
+
+def _als(draft: Draft, past: Past) -> None:
+    _vectors(draft, "als", mf.fit_als(past.events, seed=past.seed), past.seed)
+
+
+def _bpr(draft: Draft, past: Past) -> None:
+    _vectors(draft, "bpr", mf.fit_bpr(past.events, seed=past.seed), past.seed)
+
+
 def _content(draft: Draft, past: Past) -> None:
     _neighbours(draft, "content", content.fit(past.items.frame, k=past.width.neighbours), _anchors(7, 16))
     # The same table asked about all that the shopper ever wanted: a taste rather than an errand.
@@ -312,6 +335,10 @@ MODELS: Mapping[str, Callable[[Draft, Past], None]] = {
     "two_tower": _two_tower,
     "sasrec": _sasrec,
     "gru4rec": _gru4rec,
+    "spectral": _spectral,
+    "lightgcn": _lightgcn,
+    "als": _als,
+    "bpr": _bpr,
     "content": _content,
     "complements": _complements,
     "category": _category,

@@ -29,13 +29,17 @@ from app.state.events import MS_PER_DAY, EventType
 from models.catalog import Items
 from models.data import DataError, Tables
 from models.data.log import Log
-from models.ranking import RANKERS, Examples, Ranker, stack
+from models.ranking import RANKERS, Examples, Ranker, ndcg, split, stack
 from models.sources import STANDARD, WINDOW, Fitted, Progress, fit
 
 BATCH = 32
 LEARNED = ("home", "buy_again")
 """Scenes that get a ranker of their own: what a page may show decides what is worth learning for it."""
 RECORDED = 20
+POPULARITY = {"item.purchases": 1.0, "item.views": 1e-3}
+"""The features that a ranker has to be better than; views tell apart what nobody bought."""
+ENOUGH = 30
+"""Users kept aside from whom one may tell that it is not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +71,9 @@ class Trained:
     seconds: dict[str, float] = field(default_factory=dict)
     candidate_recall: dict[str, float] = field(default_factory=dict)
     """By scene: the share of the wanted items that the sources proposed, over the training windows."""
+    validation: dict[str, dict[str, float]] = field(default_factory=dict)
+    """By scene: NDCG@20 of what the sources proposed to the users that the ranker did not learn from, in its order and
+    in that of popularity."""
 
 
 def wanted(log: Log, start_ms: int, end_ms: int) -> Log:
@@ -188,13 +195,21 @@ def train(
 
         if learned[name]:
             begun_ranker = time.monotonic()
+            together = stack(learned[name])
             try:
-                fitted_rankers[name] = RANKERS[ranker](stack(learned[name]), seed=seed, on_epoch=on_epoch)
+                fitted_rankers[name] = RANKERS[ranker](together, seed=seed, on_epoch=on_epoch)
+                trained.validation[name] = validated(fitted_rankers[name], together, seed)
             except ValueError as error:
                 progress(f"no ranker for {name}: {error}")
             trained.seconds[f"ranker {name}"] = round(time.monotonic() - begun_ranker, 1)
             trained.losses[f"ranker {name}"] = losses
     learned.clear()
+    for name, found in trained.validation.items():
+        if found["ndcg@20"] <= found["popularity"] and found["users"] >= ENOUGH:
+            raise DataError(
+                f"what was learned for {name} ranks no better than popularity, NDCG@20 {found['ndcg@20']:.4f} against"
+                f" {found['popularity']:.4f} on {found['users']:.0f} users kept aside: nothing is published"
+            )
 
     def write(folder: Path, version: str) -> Bundle:
         fitted = fit(folder, tables.items, whole, end_ms, seed, _prefixed(progress, "final fit: "), models=models)
@@ -203,7 +218,11 @@ def train(
         with_rankers(fitted.draft, fitted_rankers)
         progress("recorded queries")
         _with_recorded(fitted, log, end_ms, seed)
-        fitted.draft.metrics = {"candidate_recall": trained.candidate_recall, "losses": trained.losses}
+        fitted.draft.metrics = {
+            "candidate_recall": trained.candidate_recall,
+            "validation": trained.validation,
+            "losses": trained.losses,
+        }
         fitted.draft.provenance = {
             "events": len(log.events),
             "users": len(log.users),
@@ -224,6 +243,20 @@ def train(
         return seal(fitted.draft, version)
 
     return publish(root, write, activate_it=activate), trained
+
+
+@torch.no_grad()
+def validated(ranker: Ranker, learned: Examples, seed: int) -> dict[str, float]:
+    """NDCG@20 of the ranker and of popularity over the tenth of the queries that it was not fitted to."""
+    held = split(learned, torch.Generator().manual_seed(seed)).held
+    popular = torch.zeros(len(learned.label))
+    for name, weight in POPULARITY.items():
+        popular += weight * learned.features[:, learned.names.index(name)]
+    return {
+        "ndcg@20": float(ndcg(learned, held, ranker(learned.features)).mean()),
+        "popularity": float(ndcg(learned, held, popular).mean()),
+        "users": float(len(held)),
+    }
 
 
 def with_rankers(draft: Draft, rankers: Mapping[str, Ranker]) -> None:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -15,6 +16,8 @@ from app.engine.merge import ABSENT, Candidates
 from app.engine.pipeline import Pipeline
 from app.engine.ranking import FUSIONS
 from app.state.events import EventType
+from models.metrics import evaluate
+from models.ranking import Examples, ndcg
 from tests.damage import manifest
 from tests.test_pipeline import user_of
 from tests.tiny import NOW_MS, publish_tiny
@@ -167,3 +170,21 @@ def test_a_calibrated_ranker_shows_probabilities_in_the_same_order(tmp_path: Pat
     assert [item.item_id for item in shown.items] == [item.item_id for item in odds.items]
     scores = torch.tensor([item.score for item in odds.items])
     assert torch.tensor([item.score for item in shown.items]).tolist() == scores.sigmoid().tolist()
+
+
+def test_ndcg_of_examples_is_that_of_slates() -> None:
+    rng = np.random.default_rng(0)
+    counts = np.array([5, 40, 21])
+    query = torch.from_numpy(np.repeat(np.arange(3), counts))
+    label = torch.from_numpy((rng.random(66) < 0.3).astype(np.float32))
+    label[:2] = 1.0
+    score = torch.from_numpy(rng.random(66).astype(np.float32))
+    examples = Examples(score[:, None], query, label)
+    found = ndcg(examples, torch.tensor([2, 0, 1]), score)
+    for value, one in zip(found.tolist(), (2, 0, 1), strict=True):
+        mine = np.flatnonzero(query.numpy() == one)
+        order = mine[np.argsort(-score[mine].numpy())][:20]
+        slate = np.full(20, -1)
+        slate[: len(order)] = order
+        expected = evaluate(slate[None], [mine[label[mine].numpy() > 0]], ks=(20,))["ndcg@20"]
+        assert value == pytest.approx(expected, rel=1e-5)

@@ -7,6 +7,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from torch import Tensor
 from typer.testing import CliRunner
 
 from app.__main__ import cli
@@ -16,11 +17,12 @@ from app.engine.pipeline import Pipeline
 from app.engine.recorded import replay
 from app.main import create_app
 from app.settings import Settings
-from models.data import Tables
+from models.data import DataError, Tables
 from models.data.log import Log
 from models.data.simulator import simulate
 from models.data.times import DAY_MS
 from models.evaluate import HEADLINE, judge
+from models.ranking import RANKERS, Examples
 from models.sources import WINDOW
 from models.train import Trained, train
 from tests.live import serving
@@ -222,3 +224,29 @@ def test_what_teaches_little_ends_in_a_bundle_or_in_one_line(tmp_path: Path, nam
     else:
         assert (code, type(error)) == (2, SystemExit)
         assert said[-1].startswith("millirec: ")
+
+
+class Backwards:
+    """Ranks what is popular last."""
+
+    calibrated = False
+
+    def __init__(self, examples: Examples, **_: object) -> None:
+        self._column = examples.names.index("item.purchases")
+
+    def __call__(self, features: Tensor) -> Tensor:
+        return -features[:, self._column]
+
+
+def test_what_is_no_better_than_popularity_is_not_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(RANKERS, "mlp", Backwards)
+    shop = simulate(items=100, users=600, events=15_000, days=DAYS)
+    with pytest.raises(DataError, match=r"learned for buy_again ranks no better than popularity, NDCG@20 .* is published"):
+        train(shop, tmp_path, models=("history", "item_cf", "popularity"))
+    assert versions(tmp_path) == []
+
+
+def test_validation_is_in_the_manifest(trained: tuple[Bundle, Trained]) -> None:
+    for scene in ("home", "buy_again"):
+        found = trained[0].manifest.metrics["validation"][scene]
+        assert found["ndcg@20"] > found["popularity"] > 0

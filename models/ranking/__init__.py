@@ -7,9 +7,9 @@ from torch import Tensor
 
 from app.bundle import Draft
 from models.ranking import blend, dcn, deepfm, fm, linear, mlp, trees
-from models.ranking.examples import Examples, stack
+from models.ranking.examples import Examples, ndcg, split, stack
 
-__all__ = ["RANKERS", "Examples", "Ranker", "stack"]
+__all__ = ["RANKERS", "Examples", "Ranker", "ndcg", "split", "stack"]
 
 
 class Ranker(Protocol):

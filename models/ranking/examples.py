@@ -88,6 +88,21 @@ def of_query(examples: Examples, column: Tensor) -> Tensor:
     return sums.index_add_(0, examples.query, column)
 
 
+def ndcg(examples: Examples, queries: Tensor, score: Tensor, k: int = 20) -> Tensor:
+    """float32 [Q]: NDCG@k of the candidates of the queries in the order of the scores [M] of all examples."""
+    size = sizes(examples)
+    rows, counts = rows_of(queries, size), size[queries]
+    place = torch.repeat_interleave(torch.arange(len(queries)), counts)
+    column = torch.cat([torch.arange(int(count)) for count in counts])
+    shape = len(queries), max(int(counts.max()), k)
+    scores = torch.full(shape, -torch.inf).index_put((place, column), score[rows])
+    labels = torch.zeros(shape).index_put((place, column), examples.label[rows])
+    discount = 1.0 / torch.log2(torch.arange(2.0, k + 2.0))
+    gained = labels.gather(1, scores.argsort(stable=True, dim=1, descending=True)[:, :k]) @ discount
+    ideal = labels.sort(1, descending=True).values[:, :k] @ discount
+    return gained / ideal
+
+
 def sizes(examples: Examples) -> Tensor:
     """int64 [Q]: the candidates of each query."""
     return torch.bincount(examples.query)

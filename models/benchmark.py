@@ -47,7 +47,7 @@ HELD_OUT = 0.2
 """Share of each user's set that the ranker learns from."""
 SESSIONS_DAYS = 131
 """What the sessions span."""
-LEARNED_FROM = 10_000
+LEARNED_FROM = 5_000
 """Users whose candidates the ranker sees, at most."""
 ALL = ",".join(MODELS)
 K = 200

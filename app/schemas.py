@@ -75,7 +75,10 @@ class UserAttributes(BaseModel):
 
 class RecommendedItem(BaseModel):
     item_id: str
-    score: float = Field(description="Comparable inside one answer only.")
+    score: float = Field(
+        description="Where the ranker is calibrated, the probability that the item is wanted; else comparable inside one"
+        " answer only."
+    )
     position: int = Field(ge=1, description="1 is the first.")
     sources: list[str] = Field(description="What proposed the item.")
     reason: str | None = Field(default=None, description="Why it is there; only with `explain`.")

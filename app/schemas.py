@@ -76,8 +76,8 @@ class UserAttributes(BaseModel):
 class RecommendedItem(BaseModel):
     item_id: str
     score: float = Field(
-        description="Where the ranker is calibrated, the probability that the item is wanted; else comparable inside one"
-        " answer only."
+        description="The probability that the item is wanted, where the ranker is calibrated; else comparable inside"
+        " one answer only."
     )
     position: int = Field(ge=1, description="1 is the first.")
     sources: list[str] = Field(description="What proposed the item.")

@@ -1,7 +1,7 @@
 """`millirec benchmark quality`: public splits that others have published figures for, through the serving engine.
 
-A split without times is given some: sequences a day an event, sessions a minute, and sets one moment for all, so that
-decay means distance, or nothing. The ranker learns from a part of training that the sources did not see; what the
+A split without times is given some: sequences a day an event, sessions a minute, and sets a millisecond in random
+order, so that decay means distance, or nothing. The ranker learns from a part of training that the sources did not see; what the
 test part holds is looked at once, in the end.
 """
 
@@ -87,7 +87,8 @@ def gowalla(folder: Path, seed: int) -> Split:
     n_items = 1 + max(int(row.max(initial=0)) for row in (*train, *test))
 
     def stage(past: Sequence[npt.NDArray[np.int64]], wanted: Sequence[npt.NDArray[np.int64]]) -> Stage:
-        log = _log(past, [np.full(len(row), NOW_MS) for row in past], EventType.PURCHASE)
+        # In any order, but one after the other: what happens at once is nobody's history of anything.
+        log = _log(past, [NOW_MS - rng.permutation(len(row)) for row in past], EventType.PURCHASE)
         return Stage(log, NOW_MS + 1, NOW_MS + 1, _keys(wanted))
 
     learn = stage(

@@ -1,8 +1,8 @@
 """`millirec benchmark quality`: public splits that others have published figures for, through the serving engine.
 
 A split without times is given some: sequences a day an event, sessions a minute, and sets a millisecond in random
-order, so that decay means distance, or nothing. The ranker learns from a part of training that the sources did not see; what the
-test part holds is looked at once, in the end.
+order, so that decay means distance, or nothing. The ranker learns from a part of training that the sources did not
+see; what the test part holds is looked at once, in the end.
 """
 
 import gzip

@@ -241,9 +241,7 @@ class Backwards:
 def test_what_is_no_better_than_popularity_is_not_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(RANKERS, "mlp", Backwards)
     shop = simulate(items=100, users=600, events=15_000, days=DAYS)
-    with pytest.raises(
-        DataError, match=r"for buy_again ranks no better than popularity, NDCG@20 .* is published"
-    ):
+    with pytest.raises(DataError, match=r"for buy_again ranks no better than popularity, NDCG@20 .* is published"):
         train(shop, tmp_path, models=("history", "item_cf", "popularity"))
     assert versions(tmp_path) == []
 

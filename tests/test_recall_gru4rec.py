@@ -29,7 +29,7 @@ def test_the_recurrence_is_that_of_a_gru_over_the_events_alone() -> None:
         torch.testing.assert_close(encoder(*inputs([rows], fitted)), told, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.training
 @pytest.mark.skipif("MILLIREC_DATASETS" not in os.environ, reason="MILLIREC_DATASETS names no folder of data sets")
 def test_foresees_the_next_click_of_retailrocket_sessions() -> None:
     folder = Path(os.environ["MILLIREC_DATASETS"], "sessions_retailrocket")

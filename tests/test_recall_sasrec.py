@@ -50,7 +50,7 @@ def test_the_attention_written_out(fitted: Vectors) -> None:
     np.testing.assert_allclose(scores([rows], fitted)[0], expected, atol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.training
 @pytest.mark.skipif("MILLIREC_DATASETS" not in os.environ, reason="MILLIREC_DATASETS names no folder of data sets")
 def test_holds_its_own_against_the_published_on_beauty() -> None:
     with gzip.open(Path(os.environ["MILLIREC_DATASETS"], "amazon_s3rec", "Beauty.txt.gz"), "rt") as file:

@@ -23,7 +23,6 @@ from models.catalog import Items, listed
 from models.data import Tables
 from models.data.log import Log
 from models.metrics import (
-    Bin,
     Catalog,
     Interval,
     Row,
@@ -34,9 +33,9 @@ from models.metrics import (
     known_mean,
     long_tail,
     paired_bootstrap,
-    reliability,
     shares,
 )
+from models.ranking.calibration import Bin, reliability
 from models.result import Ablated, ItemGroup, Line, Result, Segment, SourceRecall, Spread, ViewResult
 from models.sources import WINDOW, Progress
 from models.train import BATCH, targets
@@ -460,16 +459,17 @@ def feature_groups(features: Sequence[str], sources: Sequence[str]) -> dict[str,
     return groups
 
 
-def reliability_of(found: Ints, log_odds: npt.NDArray[np.float64], relevant: Sequence[Ints]) -> list[Bin]:
+def reliability_of(found: Ints, probability: npt.NDArray[np.float64], relevant: Sequence[Ints]) -> list[Bin]:
     """Of the items of the slates [U, LIMIT], from their scores."""
     hit = np.array([np.isin(slate, items) for slate, items in zip(found, relevant, strict=True)]).reshape(found.shape)
-    return reliability(1 / (1 + np.exp(-log_odds[found >= 0])), hit[found >= 0])
+    return reliability(probability[found >= 0], hit[found >= 0].astype(np.float64))
 
 
 def calibrated(bundle: Bundle, scene: Scene) -> bool:
-    """Whether the scene's scores are log-odds of being wanted; no ranker of this bundle format says so yet."""
-    spec = next((spec for spec in bundle.manifest.rankers if spec.name == scene.ranker), None)
-    return not scene.diversity and bool(getattr(spec, "calibrated", False))
+    """Whether the scene's scores are probabilities of being wanted."""
+    return not scene.diversity and any(
+        spec.name == scene.ranker and spec.calibrated for spec in bundle.manifest.rankers
+    )
 
 
 def _row(name: str, scores: Scores, seed: int) -> Row:

@@ -67,16 +67,6 @@ class Gap(NamedTuple):
     """What 95 of 100 random splits into segments of these sizes stay under: a smaller gap says nothing."""
 
 
-class Bin(NamedTuple):
-    """Items of about the same probability: a point of the reliability diagram."""
-
-    candidates: int
-    predicted: float
-    """Mean probability."""
-    wanted: float
-    """Share that was wanted."""
-
-
 class Row(NamedTuple):
     """One line of a report: a source alone, a fusion mode, a baseline, the whole pipeline."""
 
@@ -202,23 +192,6 @@ def gap(per_user: Vector, segment: Ints, n: int = 1000, seed: int = 0) -> Gap:
     interval = Interval(*np.percentile(drawn, [2.5, 97.5]).tolist())
     value = float(found[best] - found[worst])
     return Gap(int(codes[best]), int(codes[worst]), value, interval, float(np.percentile(shuffled, 95)))
-
-
-def reliability(probability: Vector, wanted: npt.NDArray[np.bool_], bins: int = 10) -> list[Bin]:
-    """How far probabilities hold, in bins of equally many items, ascending (Nguyen and O'Connor, EMNLP 2015).
-
-    Raises `ValueError` for a score outside 0..1.
-    """
-    if not ((probability >= 0) & (probability <= 1)).all():
-        raise ValueError("a score outside 0..1 is no probability")
-    parts = np.array_split(np.argsort(probability, kind="stable"), bins)
-    return [Bin(len(p), float(probability[p].mean()), float(wanted[p].mean())) for p in parts if len(p)]
-
-
-def calibration_error(bins: Sequence[Bin]) -> float:
-    """Expected calibration error: mean |predicted - wanted| over the items (Naeini, Cooper, Hauskrecht, AAAI 2015)."""
-    total = sum(each.candidates for each in bins)
-    return sum(each.candidates * abs(each.predicted - each.wanted) for each in bins) / total if total else float("nan")
 
 
 def table(rows: Sequence[Row], columns: Sequence[str] = COLUMNS) -> Table:

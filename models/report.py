@@ -14,7 +14,7 @@ from xml.etree.ElementTree import Element, tostring
 import typer
 
 from models.commands import one_line_errors, written
-from models.metrics import calibration_error
+from models.ranking.calibration import calibration_error
 from models.result import Range, Result, Sheet, ViewResult, leaderboard, read, sheets
 
 STYLE = """

@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from models.data import DataError
-from models.metrics import COLUMNS, Bin
+from models.metrics import COLUMNS
+from models.ranking.calibration import Bin
 
 Number = Annotated[float | None, BeforeValidator(lambda value: None if value != value else value)]
 """None where nothing can be said: JSON has no NaN."""

@@ -271,10 +271,10 @@ def test_ablation_of_a_learned_fusion(tiny: Bundle, visitors: Log) -> None:
 
 def test_reliability_of_the_served(tiny: Bundle, views: Mapping[str, View]) -> None:
     found = np.array([[4, 5, -1], [6, -1, -1]])
-    log_odds = np.array([[np.log(3), 0.0, np.nan], [-np.log(3), np.nan, np.nan]])
-    bins = reliability_of(found, log_odds, [np.array([4, 9]), np.array([7])])
+    probability = np.array([[0.75, 0.5, np.nan], [0.25, np.nan, np.nan]])
+    bins = reliability_of(found, probability, [np.array([4, 9]), np.array([7])])
     assert bins == [(1, pytest.approx(0.25), 0.0), (1, 0.5, 0.0), (1, pytest.approx(0.75), 1.0)]
-    # The scores of these rankers are no log-odds, and none is taken for one.
+    # The scores of these rankers are no probabilities, and none is taken for one.
     assert not calibrated(tiny, tiny.manifest.scenes["home"])
     assert not views["new"].reliability
 

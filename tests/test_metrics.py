@@ -15,13 +15,11 @@ from models.metrics import (
     Interval,
     Row,
     bootstrap,
-    calibration_error,
     evaluate,
     gap,
     gini,
     markdown,
     paired_bootstrap,
-    reliability,
     shares,
     table,
 )
@@ -228,25 +226,6 @@ def test_gap_between_the_best_and_the_worst_segment() -> None:
     assert sum(one.value > one.by_chance for one in alike) <= 9
     with pytest.raises(ValueError, match="two segments"):
         gap(values, np.zeros(400, np.int64))
-
-
-def test_reliability_by_hand() -> None:
-    probability = np.array([0.9, 0.1, 0.2, 0.7, 0.3])
-    bins = reliability(probability, np.array([True, False, True, True, False]), bins=2)
-    assert bins == [(3, pytest.approx(0.2), pytest.approx(1 / 3)), (2, pytest.approx(0.8), 1.0)]
-    assert calibration_error(bins) == pytest.approx((3 * (1 / 3 - 0.2) + 2 * 0.2) / 5)
-    assert len(reliability(probability, np.zeros(5, bool))) == 5
-    assert math.isnan(calibration_error(reliability(np.array([]), np.array([], bool))))
-    with pytest.raises(ValueError, match="no probability"):
-        reliability(np.array([1.5]), np.array([True]))
-
-
-def test_probabilities_that_hold_are_reliable() -> None:
-    rng = np.random.default_rng(0)
-    probability = rng.uniform(size=20_000)
-    relevant = rng.uniform(size=20_000) < probability
-    assert calibration_error(reliability(probability, relevant)) < 0.02
-    assert calibration_error(reliability(probability**2, relevant)) > 0.1
 
 
 def test_reports() -> None:

@@ -10,7 +10,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from models.metrics import Bin
+from models.ranking.calibration import Bin
 from models.report import LABEL, WIDTH, Bar, bars, curves, page, report
 from models.result import (
     Ablated,

@@ -1,5 +1,6 @@
 """Scores as probabilities, and how far to believe them."""
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -87,7 +88,7 @@ def reliability(probability: Vector, wanted: Vector, bins: int = 10) -> list[Bin
     ]
 
 
-def calibration_error(bins: list[Bin]) -> float:
+def calibration_error(bins: Sequence[Bin]) -> float:
     """Expected calibration error: mean over candidates of |predicted - wanted| of their bin (Guo et al., ICML 2017)."""
     total = sum(each.candidates for each in bins)
     return sum(each.candidates * abs(each.predicted - each.wanted) for each in bins) / total if total else float("nan")

@@ -259,7 +259,8 @@ def _log(
     events["value"] = np.nan
     events["event"] = np.arange(len(row))
     user = np.repeat(np.arange(len(rows), dtype=np.int32), [len(own) for own in rows])
-    return Log([str(number) for number in range(len(rows))], [{}] * len(rows), user, events)
+    order = np.lexsort((events["ts"], user))
+    return Log([str(number) for number in range(len(rows))], [{}] * len(rows), user, events[order])
 
 
 def _keys(wanted: Sequence[npt.NDArray[np.int64]], first: int = 0) -> dict[int, npt.NDArray[np.int64]]:

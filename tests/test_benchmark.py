@@ -67,6 +67,8 @@ def test_sets_teach_the_ranker_a_fifth_of_training(folder: Path) -> None:
     for user, items in wanted(split.learn).items():
         assert not items & set(fitted[user])
         assert items | set(fitted[user]) == set(judged[user])
+    for log in (split.learn.log, split.judge.log):
+        assert ((np.diff(log.events["ts"]) > 0) | (np.diff(log.user) > 0)).all(), "one after the other"
     for user, items in wanted(split.judge).items():
         assert len(items) == 2 and not items & set(judged[user])
 

@@ -174,10 +174,11 @@ def test_every_wanted_event_is_foretold_once(events: list[tuple[int, int, int, i
 
 
 class Latest(nn.Module):
-    """The scored vector of the last item is rolled by one of what is read of it."""
+    """What is read of the last item, and a 1 if there is one; column by column, as a solver would leave it."""
 
     def forward(self, history: Tensor, kinds: Tensor, ages_s: Tensor, profile: Tensor) -> Tensor:
-        return torch.cat([history[:, -1], (kinds[:, -1:] > 0).float() + ages_s[:, -1:] + profile], 1)
+        found = torch.cat([history[:, -1], (kinds[:, -1:] > 0).float() + ages_s[:, -1:] + profile], 1)
+        return found.t().contiguous().t()
 
 
 def bundle_that_reads_other_vectors(folder: Path, name: str) -> Bundle:

@@ -73,7 +73,8 @@ class VectorSource:
             )
 
     def recall(self, batch: Batch, k: int, context: bool) -> Recalled:
-        users = self.encode(*self._inputs(batch, context))
+        # A solver leaves its answers column by column, which the loops and FAISS do not read.
+        users = self.encode(*self._inputs(batch, context)).contiguous()
         batch.user_vectors[self.name] = users
         # The GPU build of faiss takes CUDA tensors as they are; the CPU build wants numpy.
         scores, rows = self.index.search(users if users.is_cuda else users.numpy(), min(k, self.index.ntotal))

@@ -1,6 +1,6 @@
 """The compiled stages against the tensor operations that a GPU runs, and against plain Python."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +13,8 @@ from app.bundle import open_bundle
 from app.engine import Query, Where, kernels
 from app.engine.pipeline import Pipeline
 from app.engine.ranking import forest
-from tests.test_pipeline import HISTORIES, QUERIES, user_of
+from app.state.events import MS_PER_DAY, EventType, UserState
+from tests.test_pipeline import ALL, HISTORIES, QUERIES, user_of
 from tests.tiny import NOW_MS, publish_tiny
 
 Node = float | tuple[int, float, "Node", "Node"]
@@ -37,9 +38,25 @@ def forms(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Pipeline, 
     st.lists(st.tuples(QUERIES, HISTORIES), min_size=1, max_size=8),
 )
 def test_both_forms_find_the_same_candidates_and_features(
-    forms: tuple[Pipeline, Pipeline], name: str, asked: list[tuple[Query, list[tuple[str, int]]]]
+    forms: tuple[Pipeline, Pipeline], name: str, asked: list[tuple[Query, list[tuple[str, EventType]]]]
 ) -> None:
-    queries, users = [query for query, _ in asked], [user_of(history) for _, history in asked]
+    # All at one time: without decay every sum is exact in whatever order, so that ties are ties in both forms.
+    users = [user_of(history, apart_ms=0) for _, history in asked]
+    assert_same(forms, name, [query for query, _ in asked], users)
+
+
+@pytest.mark.parametrize("name", ["home", "buy_again", "detail", "wider"])
+def test_both_forms_let_events_fade_alike(forms: tuple[Pipeline, Pipeline], name: str) -> None:
+    rng = np.random.default_rng(5)
+    kinds = [EventType.VIEW_ITEM, EventType.ADD_TO_CART, EventType.PURCHASE]
+    histories = [[(str(rng.choice(ALL)), kinds[int(rng.integers(0, 3))]) for _ in range(n)] for n in range(0, 40, 5)]
+    users = [user_of(history, apart_ms=int(rng.uniform(0, MS_PER_DAY))) for history in histories]
+    assert_same(forms, name, [Query(str(index), anchors=("b1",)[: index % 2]) for index in range(len(users))], users)
+
+
+def assert_same(
+    forms: tuple[Pipeline, Pipeline], name: str, queries: Sequence[Query], users: Sequence[UserState]
+) -> None:
     found = []
     for pipeline in forms:
         with torch.inference_mode():

@@ -68,10 +68,10 @@ QUERIES = st.builds(
 )
 
 
-def user_of(history: list[tuple[str, EventType]]) -> UserState:
+def user_of(history: list[tuple[str, EventType]], apart_ms: int = 1000) -> UserState:
     user = UserState()
     for place, (item, kind) in enumerate(history):
-        user = fold(user, state(item, kind=kind, end_ms=NOW_MS - 1000 * place).events, 64)
+        user = fold(user, state(item, kind=kind, end_ms=NOW_MS - apart_ms * place).events, 64)
     return user
 
 

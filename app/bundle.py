@@ -60,7 +60,8 @@ class Anchors(_Spec):
 
 
 class VectorSpec(_Spec):
-    """User encoder + item vectors: `encoder(history, kinds, ages_s, profile) -> [B, d]`, score = dot product.
+    """User and item vectors, score = dot product. A user's is what `encoder(history, kinds, ages_s, profile) -> [B, d]`
+    says, or the sum of the `inputs` of the anchors by their weights, as a unit vector: one of the two is given.
 
     history [B, L, c] holds `inputs`, or where there are none the vectors, of the last L known items, most recent
     last; kinds [B, L] the event types, 0 for padding; profile [B, P] hashed attributes, 0 for padding.
@@ -75,8 +76,9 @@ class VectorSpec(_Spec):
     index_kind: Literal["flat", "ivf", "hnsw"]
     index_recall: float
     """Measured share of the exact top 100 that the index finds."""
-    encoder: str
+    encoder: str | None = None
     """torch.export archive."""
+    anchors: Anchors | None = None
     inputs: str | None = None
     """safetensors file with `vectors` float16 [n, c]."""
     history: int = 32

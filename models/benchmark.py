@@ -24,9 +24,9 @@ from torch import Tensor
 from app.bundle import seal
 from app.engine import Query
 from app.engine.merge import ABSENT
+from app.engine.ordering import best_first
 from app.engine.pipeline import Pipeline, Prepared
 from app.engine.ranking import FUSIONS
-from app.engine.recall import best_first
 from app.scenes import Scene
 from app.state.events import EVENT, EventType, item_key
 from models.commands import Models, Ranker, chosen, one_line_errors, progress, single_threaded
@@ -52,7 +52,7 @@ LEARNED_FROM = 5_000
 ALL = ",".join(MODELS)
 K = 200
 """Candidates of each source."""
-WIDTH = Width(neighbours=200, ease=400, ease_gb=6.0)
+WIDTH = Width(neighbours=200, likest=200, ease=400, ease_gb=6.0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,6 +87,8 @@ K: Mapping[str, int] = {
     "new": 20,
 }
 """Candidates by source, in the order of a cascade: what knows the user best comes first."""
+POOL = 700
+"""Candidates of all sources together; many sources name less each, and what is named by several is one."""
 
 LONG_DAYS = 3650.0
 """A half-life that forgets nothing."""
@@ -110,6 +112,8 @@ class Width:
     """How large tables may become, which serving pays for."""
 
     neighbours: int = NEIGHBOURS
+    likest: int = 100
+    """Baskets."""
     ease: int = 100
     ease_gb: float = EASE_GB
 
@@ -227,11 +231,11 @@ def _covisits(draft: Draft, past: Past) -> None:
 
 
 def _session_knn(draft: Draft, past: Past) -> None:
-    _baskets(draft, "session_knn", session_knn.fit(past.events), _anchors(7, 16, 2.1))
+    _baskets(draft, "session_knn", session_knn.fit(past.events), past.width, _anchors(7, 16, 2.1))
 
 
 def _user_knn(draft: Draft, past: Past) -> None:
-    _baskets(draft, "user_knn", session_knn.fit(past.events, idle_minutes=None), _anchors(60, 64))
+    _baskets(draft, "user_knn", session_knn.fit(past.events, idle_minutes=None), past.width, _anchors(60, 64))
 
 
 def _two_tower(draft: Draft, past: Past) -> None:
@@ -352,7 +356,8 @@ STANDARD = ("history", "ease", "ease_long", "discovery", "item_cf", "two_tower",
 
 def scenes(sources: list[str]) -> dict[str, Scene]:
     """The scenes a bundle starts with; rankers are named once they are trained."""
-    everything = tuple(SceneSource(name=name, k=k) for name, k in K.items() if name in sources)
+    share = min(1.0, POOL / max(sum(K[name] for name in sources), 1))
+    everything = tuple(SceneSource(name=name, k=round(k * share)) for name, k in K.items() if name in sources)
     # On a product page or in the cart, what goes with the items there comes before what is popular.
     around = tuple(
         source.model_copy(update={"weight": 0.3 if source.name in LISTS else 1.0})
@@ -387,14 +392,15 @@ def _neighbours(draft: Draft, name: str, table: Neighbours, anchors: Anchors) ->
     draft.sources.append(NeighbourSpec(name=name, table=file, anchors=anchors))
 
 
-def _baskets(draft: Draft, name: str, made: session_knn.Baskets, anchors: Anchors) -> None:
+def _baskets(draft: Draft, name: str, made: session_knn.Baskets, width: Width, anchors: Anchors) -> None:
     tensors = {
         "of_item": torch.from_numpy(made.of_item),
         "of_weights": torch.from_numpy(made.of_weights).half(),
         "items": torch.from_numpy(made.items),
         "weights": torch.from_numpy(made.weights).half(),
     }
-    draft.sources.append(BasketSpec(name=name, table=draft.save(f"{name}.safetensors", tensors), anchors=anchors))
+    table = draft.save(f"{name}.safetensors", tensors)
+    draft.sources.append(BasketSpec(name=name, table=table, anchors=anchors, likest=width.likest))
 
 
 def _vectors(draft: Draft, name: str, towers: Vectors, seed: int) -> None:
@@ -410,7 +416,8 @@ def _vectors(draft: Draft, name: str, towers: Vectors, seed: int) -> None:
             index=f"{name}.faiss",
             index_kind=kind,
             index_recall=recall,
-            encoder=save_program(towers.export(), draft.path / f"{name}.pt2"),
+            encoder=save_program(towers.export(), draft.path / f"{name}.pt2") if towers.encoder else None,
+            anchors=None if towers.encoder else _anchors(towers.half_life_days or LONG_DAYS, towers.history),
             inputs=inputs,
             history=towers.history,
             profile=towers.profile,

@@ -249,6 +249,10 @@ INSIDE: Mapping[str, tuple[Damage, str]] = {
         "ranker 'sum' does not fit scene 'home': .*differ",
     ),
     "ranker of garbage": (_file("sum.pt2", b"PK\x05\x06" + bytes(18)), r"sum\.pt2: "),
+    "vectors without users": (
+        _part("sources", "sums", anchors=None),
+        "source 'sums' has neither an encoder nor anchors",
+    ),
     "encoder of garbage": (_file("towers.pt2", b"\x80\x04."), r"towers\.pt2: "),
     "no recorded queries in the file": (_file("recorded.json", b"{}"), r"recorded\.json cannot be replayed"),
 }

@@ -92,6 +92,14 @@ def test_best_first_is_a_stable_sort(scores: list[list[float]], k: int) -> None:
         begin += len(own)
 
 
+@given(st.lists(st.lists(FLOATS, min_size=30, max_size=30), min_size=1, max_size=4), st.integers(1, 30))
+def test_nearest_is_a_stable_sort(scores: list[list[float]], k: int) -> None:
+    score = np.array(scores, np.float32)
+    rows, best = kernels.nearest(score, k)
+    assert rows.tolist() == np.argsort(-score, axis=1, kind="stable")[:, :k].tolist()
+    assert best.tolist() == np.take_along_axis(score, rows, 1).tolist()
+
+
 def test_selection_among_thousands_of_ties() -> None:
     score = np.r_[np.ones(5000, np.float32), np.float32(2)]
     positions, _ = kernels.best_first(np.zeros(5001, np.int64), score, 1, 3)

@@ -1,10 +1,6 @@
-from pathlib import Path
-
 import numpy as np
 import pytest
-import torch
 
-from app.engine.program import load_program, save_program
 from models.recall import lightgcn
 from tests.test_recall_mf import two_components
 from tests.test_recall_spectral import bought, scores
@@ -41,17 +37,3 @@ def test_a_seed_gives_the_same_vectors() -> None:
     np.testing.assert_array_equal(one.items, again.items)
     assert one.losses == again.losses
     assert not np.array_equal(one.items, other.items)
-
-
-@pytest.mark.parametrize("size", [1, 2, 33])
-def test_the_exported_encoder_is_the_encoder(size: int, tmp_path: Path) -> None:
-    fitted = lightgcn.fit(two_components(), width=5, history=4)
-    save_program(fitted.export(), tmp_path / "encoder.pt2")
-    given = (
-        torch.randn(size, 4, 5),
-        torch.randint(0, 15, (size, 4)),
-        torch.rand(size, 4) * 1e6,
-        torch.zeros(size, 1, dtype=torch.int64),
-    )
-    loaded = load_program(tmp_path / "encoder.pt2", torch.device("cpu"))
-    torch.testing.assert_close(loaded(*given), fitted.encoder(*given))

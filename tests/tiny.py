@@ -172,6 +172,14 @@ def write_tiny(folder: Path, version: str, prefix: str = "", window: int = 64) -
             name="sessions", table=baskets, anchors=anchors.model_copy(update={"half_life_events": 3.0}), likest=4
         ),
         ListSpec(name="segments", rows=segments),
+        VectorSpec(
+            name="sums",
+            vectors="towers.safetensors",
+            index="towers.faiss",
+            index_kind="flat",
+            index_recall=1.0,
+            anchors=anchors,
+        ),
     ]
     wider = tuple(SceneSource(name=source.name, k=15) for source in draft.sources)
     features = feature_names([source.name for source in sources], STATISTICS)

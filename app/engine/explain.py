@@ -3,8 +3,9 @@
 from collections.abc import Mapping, Sequence
 
 from app.catalog import Catalog
+from app.engine.anchors import anchors
 from app.engine.batch import Batch
-from app.engine.recall import ListSource, NeighbourSource, Source, anchors
+from app.engine.recall import ListSource, NeighbourSource, Source
 from app.state.events import EventType
 
 _VERBS = {EventType.PURCHASE: "bought", EventType.ADD_TO_CART: "put in the cart", EventType.ADD_TO_WISHLIST: "saved"}

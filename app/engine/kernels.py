@@ -220,6 +220,62 @@ def _best(keys: Keys, count: int, wanted: int, histogram: Ints) -> Keys:
 
 
 @njit(
+    "i8(i8, i8[::1], i8[::1], f4[::1], i8[::1], i8[::1], i8[::1], f4[::1], f4, f4, i8, b1, f4[::1], i8[::1], f4[::1])",
+    cache=True,
+    nogil=True,
+)
+def _anchors(
+    query: int,
+    begin: Longs,
+    row: Longs,
+    age_days: Floats,
+    kind: Longs,
+    page_begin: Longs,
+    page_row: Longs,
+    by_kind: Floats,
+    decay: np.float32,
+    step: np.float32,
+    limit: int,
+    context: bool,
+    total: Floats,
+    anchor: Longs,
+    weight: Floats,
+) -> int:
+    """Puts the distinct items that count for a query into `anchor` and what they weigh into `weight`; returns how many.
+
+    See `neighbours` for the rest. `total` [n] is all zero, before and after.
+    """
+    count = 0
+    if context and page_begin[query + 1] > page_begin[query]:
+        for event in range(page_begin[query], page_begin[query + 1]):
+            anchor[count] = page_row[event]
+            count += total[page_row[event]] == 0
+            total[page_row[event]] += np.float32(1)
+    else:
+        for event in range(max(begin[query], begin[query + 1] - limit), begin[query + 1]):
+            strength = by_kind[kind[event]]
+            if strength > 0:
+                # Viewed, put in the cart, bought: one item to look up, not three.
+                anchor[count] = row[event]
+                count += total[row[event]] == 0
+                later = np.float32(begin[query + 1] - 1 - event)
+                total[row[event]] += strength * np.exp(age_days[event] * decay + later * step)
+    for one in range(count):
+        weight[one] = total[anchor[one]]
+        total[anchor[one]] = 0
+    return count
+
+
+@njit("i8(i8[::1], i8[::1], i8)", cache=True, nogil=True)
+def _longest(begin: Longs, page_begin: Longs, limit: int) -> int:
+    """The most anchors that a query can have."""
+    longest = 0
+    for query in range(len(begin) - 1):
+        longest = max(longest, min(limit, begin[query + 1] - begin[query]), page_begin[query + 1] - page_begin[query])
+    return longest
+
+
+@njit(
     "Tuple((i8[::1], i8[::1], f4[::1], i8[::1]))"
     "(i4[:, ::1], u2[:, ::1], i8[::1], i8[::1], f4[::1], i8[::1], i8[::1], i8[::1], f4[::1], f4, f4, i8, b1, i8,"
     " f4[::1])",
@@ -254,33 +310,31 @@ def neighbours(
     of_query, of_row = np.empty(size * depth, np.int64), np.empty(size * depth, np.int64)
     of_score, of_rank = np.empty(size * depth, np.float32), np.empty(size * depth, np.int64)
     histogram = np.zeros(BUCKETS, np.int32)
-    longest = 0
-    for query in range(size):
-        longest = max(longest, min(limit, begin[query + 1] - begin[query]), page_begin[query + 1] - page_begin[query])
+    longest = _longest(begin, page_begin, limit)
     anchor, weight = np.empty(longest + 1, np.int64), np.empty(longest + 1, np.float32)
     touched, keys = np.empty(longest * width + 1, np.int64), np.empty(longest * width + 1, np.uint64)
     count = 0
     for query in range(size):
         # Sums are kept in `total`; an item is noted when it finds zero there, without a branch that could not be
         # foretold. One whose sum comes back to zero on the way is noted twice and then read as zero once.
-        anchors = 0
-        if context and page_begin[query + 1] > page_begin[query]:
-            for event in range(page_begin[query], page_begin[query + 1]):
-                anchor[anchors] = page_row[event]
-                anchors += total[page_row[event]] == 0
-                total[page_row[event]] += np.float32(1)
-        else:
-            for event in range(max(begin[query], begin[query + 1] - limit), begin[query + 1]):
-                strength = by_kind[kind[event]]
-                if strength > 0:
-                    # Viewed, put in the cart, bought: one item to look up, not three.
-                    anchor[anchors] = row[event]
-                    anchors += total[row[event]] == 0
-                    later = np.float32(begin[query + 1] - 1 - event)
-                    total[row[event]] += strength * np.exp(age_days[event] * decay + later * step)
+        anchors = _anchors(
+            query,
+            begin,
+            row,
+            age_days,
+            kind,
+            page_begin,
+            page_row,
+            by_kind,
+            decay,
+            step,
+            limit,
+            context,
+            total,
+            anchor,
+            weight,
+        )
         for one in range(anchors):
-            weight[one] = total[anchor[one]]
-            total[anchor[one]] = 0
             at = anchor[one] * width
             for line in range(at, at + width, 16):
                 _prefetch(table, line)
@@ -388,6 +442,33 @@ def merge(
             if rank[entry] < ks[source[entry]]:
                 ranks[source[entry], place[entry]] = rank[entry]
     return of_query[:count].copy(), of_row[:count].copy(), scores, ranks, best
+
+
+@njit("Tuple((i8[:, ::1], f4[:, ::1]))(f4[:, ::1], i8)", cache=True, nogil=True)
+def nearest(score: Floats, k: int) -> tuple[Longs, Floats]:
+    """Of every line of `score` [B, n] the columns [B, k] of the best, best first, and their scores; k <= n."""
+    size, columns = score.shape
+    found, best = np.empty((size, k), np.int64), np.empty((size, k), np.float32)
+    histogram, keys = np.zeros(BUCKETS, np.int32), np.empty(columns + 1, np.uint64)
+    for one in range(size):
+        # As `_select` does, but keys are made only of what may be among the best.
+        for column in range(columns):
+            histogram[_descending(score[one, column]) >> np.uint32(20)] += 1
+        total, last = 0, 0
+        while total < k:
+            total += histogram[last]
+            last += 1
+        histogram[:] = 0
+        kept = 0
+        for column in range(columns):
+            descending = _descending(score[one, column])
+            keys[kept] = (np.uint64(descending) << np.uint64(32)) | np.uint64(column)
+            kept += np.int64(descending >> np.uint32(20)) < last
+        ascending = _best(keys, kept, k, histogram)
+        for rank in range(k):
+            found[one, rank] = np.int64(ascending[rank] & np.uint64(0xFFFFFFFF))
+            best[one, rank] = _score(np.uint32(ascending[rank] >> np.uint64(32)))
+    return found, best
 
 
 @njit("void(f4[:, ::1], u2[:, ::1], i8[::1], i8[::1], f4[::1])", cache=True, nogil=True, fastmath=True)
@@ -596,6 +677,67 @@ def history(
             for column in range(width):
                 found[query, place, column] = _single(vectors[row[event], column])
     return found, kinds, ages_s
+
+
+@njit(
+    "f4[:, ::1](u2[:, ::1], i8[::1], i8[::1], f4[::1], i8[::1], i8[::1], i8[::1], f4[::1], f4, f4, i8, b1, f4[::1])",
+    cache=True,
+    nogil=True,
+)
+def pooled(
+    vectors: Halves,
+    begin: Longs,
+    row: Longs,
+    age_days: Floats,
+    kind: Longs,
+    page_begin: Longs,
+    page_row: Longs,
+    by_kind: Floats,
+    decay: np.float32,
+    step: np.float32,
+    limit: int,
+    context: bool,
+    total: Floats,
+) -> Floats:
+    """[B, c]: the weighted sum of the `vectors` of every query's anchors, as a unit vector, or 0; see `neighbours`."""
+    size, width = len(begin) - 1, vectors.shape[1]
+    found = np.zeros((size, width), np.float32)
+    longest = _longest(begin, page_begin, limit)
+    anchor, weight = np.empty(longest + 1, np.int64), np.empty(longest + 1, np.float32)
+    for query in range(size):
+        anchors = _anchors(
+            query,
+            begin,
+            row,
+            age_days,
+            kind,
+            page_begin,
+            page_row,
+            by_kind,
+            decay,
+            step,
+            limit,
+            context,
+            total,
+            anchor,
+            weight,
+        )
+        for one in range(anchors):
+            if one + AHEAD < anchors:
+                at = anchor[one + AHEAD] * width
+                for line in range(at, at + width, 32):
+                    _prefetch(vectors, line)
+            own, said = anchor[one], weight[one]
+            for column in range(width):
+                found[query, column] += _single(vectors[own, column]) * said
+        squared = np.float32(0)
+        for column in range(width):
+            squared += found[query, column] * found[query, column]
+        if squared > 0:
+            scale = np.float32(1) / np.sqrt(squared)
+            for column in range(width):
+                found[query, column] *= scale
+    return found
 
 
 @njit("Tuple((i8[:, ::1], f4[:, ::1]))(i8[::1], f4[::1], i8, i8)", cache=True, nogil=True)

@@ -11,7 +11,8 @@ from app.catalog import Catalog
 from app.engine import kernels
 from app.engine.batch import Batch, Scratch
 from app.engine.filters import allowed, forbidden
-from app.engine.recall import Recalled, sort_with_position
+from app.engine.ordering import sort_with_position
+from app.engine.recall import Recalled
 
 ABSENT = float(kernels.ABSENT)
 

@@ -1,6 +1,5 @@
 """Recall: the three kinds of artifact, each proposing candidates for a whole batch."""
 
-import math
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib import import_module
@@ -13,11 +12,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from app.bundle import Anchors, BasketSpec, Bundle, BundleError, ListSpec, NeighbourSpec, SourceSpec, VectorSpec
+from app.bundle import BasketSpec, Bundle, BundleError, ListSpec, NeighbourSpec, SourceSpec, VectorSpec
 from app.engine import kernels
+from app.engine.anchors import Rule, anchors, events
 from app.engine.batch import Batch, Scratch, profile_codes
-from app.engine.program import load_program
-from app.state.events import EventType
+from app.engine.ordering import ranked, sort_with_position, summed
+from app.engine.users import halves, open_users
 
 DEPTH = 128
 """Neighbour scores are kept at least this deep: what one source ranks below its candidates still informs the ranker
@@ -54,95 +54,47 @@ class Source(Protocol):
 
 
 class VectorSource:
-    """User vectors from an encoder, nearest item vectors from FAISS."""
+    """User vectors, and the nearest item vectors from FAISS."""
 
     def __init__(self, spec: VectorSpec, bundle: Bundle, device: torch.device) -> None:
         self.name = spec.name
-        self.spec = spec
-        scored = _item_vectors(spec.vectors, bundle)
-        read = scored if spec.inputs is None else _item_vectors(spec.inputs, bundle)
-        self._scored, self._read = halves(scored), halves(read)
-        self.vectors = scored.to(device)
-        self.inputs = self.vectors if read is scored else read.to(device)
-        self.encode = load_program(bundle.path / spec.encoder, device)
-        self._check_encoder(device)
-        self.index = _open_index(str(bundle.path / spec.index), device)
-        if (self.index.ntotal, self.index.d) != tuple(self.vectors.shape):
+        vectors = _item_vectors(spec.vectors, bundle)
+        self._host, self.vectors = halves(vectors), vectors.to(device)
+        self._users = open_users(
+            spec, vectors if spec.inputs is None else _item_vectors(spec.inputs, bundle), bundle, device
+        )
+        if self._users.width != vectors.shape[1]:
             raise BundleError(
-                f"{spec.index} is [{self.index.ntotal}, {self.index.d}], {spec.vectors} {list(self.vectors.shape)}"
+                f"users of {self.name!r} are {self._users.width} wide, {spec.vectors} {list(vectors.shape)}"
+            )
+        self.index = _open_index(str(bundle.path / spec.index), device)
+        # Scanned by torch and our own selection, what is exact takes half the time: FAISS keeps heaps.
+        self._scanned = _flat_vectors(self.index) if device.type == "cpu" else None
+        if (self.index.ntotal, self.index.d) != tuple(vectors.shape):
+            raise BundleError(
+                f"{spec.index} is [{self.index.ntotal}, {self.index.d}], {spec.vectors} {list(vectors.shape)}"
             )
 
     def recall(self, batch: Batch, k: int, context: bool) -> Recalled:
-        # A solver leaves its answers column by column, which the loops and FAISS do not read.
-        users = self.encode(*self._inputs(batch, context)).contiguous()
-        batch.user_vectors[self.name] = users
-        # The GPU build of faiss takes CUDA tensors as they are; the CPU build wants numpy.
-        scores, rows = self.index.search(users if users.is_cuda else users.numpy(), min(k, self.index.ntotal))
-        return _flat(torch.as_tensor(rows), torch.as_tensor(scores))
+        users = batch.user_vectors[self.name] = self._users(batch, context)
+        k = min(k, self.index.ntotal)
+        if self._scanned is not None and isinstance(batch.scratch, Scratch):
+            rows, scores = kernels.nearest((users @ self._scanned).numpy(), k)
+        else:
+            # The GPU build of faiss takes CUDA tensors as they are; the CPU build wants numpy.
+            scores, rows = self.index.search(users if users.is_cuda else users.numpy(), k)
+        # Of whom nothing is known, nothing is near.
+        rows = torch.where(users.any(1, keepdim=True), torch.as_tensor(rows), -1)
+        return _flat(rows, torch.as_tensor(scores))
 
     def score(self, batch: Batch, query: Tensor, row: Tensor) -> Tensor:
         """Exact scores float32 [M] of (query, row) pairs of a batch that has been recalled."""
         if isinstance(batch.scratch, Scratch):
             found = np.empty(len(query), np.float32)
             users = batch.user_vectors[self.name].numpy()
-            kernels.dots(users, self._scored, query.numpy(), row.numpy(), found)
+            kernels.dots(users, self._host, query.numpy(), row.numpy(), found)
             return torch.from_numpy(found)
         return (batch.user_vectors[self.name].index_select(0, query) * self.vectors.index_select(0, row)).sum(1)
-
-    def _check_encoder(self, device: torch.device) -> None:
-        # A program does not check what it is given.
-        length, width = self.spec.history, self.inputs.shape[1]
-        history, ages_s = torch.zeros(1, length, width, device=device), torch.zeros(1, length, device=device)
-        kinds, profile = ages_s.long(), torch.zeros(1, self.spec.profile, dtype=torch.int64, device=device)
-        try:
-            shape = self.encode(history, kinds, ages_s, profile).shape
-        except Exception as error:
-            raise BundleError(
-                f"{self.spec.encoder} cannot read histories of {length} times {width}: {error}"
-            ) from error
-        if shape != (1, self.vectors.shape[1]):
-            raise BundleError(
-                f"{self.spec.encoder} gives {list(shape)}, {self.spec.vectors} {list(self.vectors.shape)}"
-            )
-
-    def _inputs(self, batch: Batch, context: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        length, device = self.spec.history, batch.device
-        if isinstance(batch.scratch, Scratch):
-            found = kernels.history(
-                self._read,
-                kernels.starts(batch.query.numpy(), batch.size),
-                batch.row.numpy(),
-                batch.kind.numpy(),
-                batch.age_days.numpy(),
-                kernels.starts(batch.anchor_query.numpy(), batch.size),
-                batch.anchor_row.numpy(),
-                int(EventType.VIEW_ITEM),
-                context,
-                length,
-            )
-            vectors, kinds, ages_s = map(torch.from_numpy, found)
-            return vectors, kinds, ages_s, batch.profile(self.spec.profile)
-        query, row, kind, last = batch.query, batch.row, batch.kind, batch.from_end
-        age_s = batch.age_days * 86_400
-        if len(batch.anchor_row):
-            # What is on the page is what the user looks at now.
-            on_page = torch.bincount(batch.anchor_query, minlength=batch.size)
-            also = on_page.index_select(0, query)
-            before = torch.where(also > 0, length, last) if context else last + also
-            last = torch.cat([before, _from_end(batch.anchor_query, on_page)])
-            query, row = torch.cat([query, batch.anchor_query]), torch.cat([row, batch.anchor_row])
-            kind = torch.cat([kind, torch.full_like(batch.anchor_row, EventType.VIEW_ITEM)])
-            age_s = torch.cat([age_s, torch.zeros(len(batch.anchor_row), device=device)])
-        recent = (last < length).nonzero().squeeze(1)
-        cell = query.index_select(0, recent) * length + (length - 1 - last.index_select(0, recent))
-        cells = batch.size * length
-        history = torch.zeros(cells, self.inputs.shape[1], device=device)
-        history.index_copy_(0, cell, self.inputs.index_select(0, row.index_select(0, recent)).float())
-        kinds = torch.zeros(cells, dtype=torch.int64, device=device)
-        kinds.index_copy_(0, cell, kind.index_select(0, recent))
-        ages = torch.zeros(cells, device=device).index_copy_(0, cell, age_s.index_select(0, recent))
-        shape = (batch.size, length)
-        return history.view(*shape, -1), kinds.view(shape), ages.view(shape), batch.profile(self.spec.profile)
 
 
 class Table:
@@ -160,19 +112,6 @@ class Table:
         self.rows, self.weights = rows.to(device), weights.to(device)
         # As the compiled loops take them.
         self.host = rows.numpy(), halves(weights)
-
-
-class Rule:
-    """How events weigh, as `Anchors` says it."""
-
-    def __init__(self, spec: Anchors, device: torch.device) -> None:
-        self.decay = -math.log(2) / spec.half_life_days
-        self.step = -math.log(2) / spec.half_life_events if spec.half_life_events else 0.0
-        self.limit = spec.limit
-        self.by_kind = torch.zeros(256, device=device)
-        for name, weight in spec.weights.items():
-            self.by_kind[EventType[name.upper()]] = weight
-        self.host = self.by_kind.cpu().numpy(), np.float32(self.decay), np.float32(self.step), self.limit
 
 
 class NeighbourSource:
@@ -217,19 +156,7 @@ def recall_neighbours(
 def _near_anchors(
     table: Table, rule: Rule, batch: Batch, context: bool, depth: int, total: npt.NDArray[np.float32]
 ) -> Recalled:
-    found = kernels.neighbours(
-        *table.host,
-        kernels.starts(batch.query.numpy(), batch.size),
-        batch.row.numpy(),
-        batch.age_days.numpy(),
-        batch.kind.numpy(),
-        kernels.starts(batch.anchor_query.numpy(), batch.size),
-        batch.anchor_row.numpy(),
-        *rule.host,
-        context,
-        depth,
-        total,
-    )
+    found = kernels.neighbours(*table.host, *events(batch), *rule.host, context, depth, total)
     return Recalled(*map(torch.from_numpy, found))
 
 
@@ -247,12 +174,12 @@ def _near(steps: Sequence[tuple[Table, Tensor, Tensor, Tensor]], slots: int, rea
     ]
     scores = [(table.weights.index_select(0, row) * weight[:, None]).flatten() for table, _, row, weight in steps]
     pair, order = sort_with_position(torch.cat(pairs), slots * stride)
-    pair, total = _summed(pair, torch.cat(scores).index_select(0, order))
+    pair, total = summed(pair, torch.cat(scores).index_select(0, order))
     real = (pair % stride).nonzero().squeeze(1)
     pair, total = pair.index_select(0, real), total.index_select(0, real)
     slot = pair // stride
     row = pair - slot * stride - 1
-    order, rank = _ranked(slot, total, slots)
+    order, rank = ranked(slot, total, slots)
     near = (rank < limit.index_select(0, slot)).nonzero().squeeze(1)
     order = order.index_select(0, near)
     return Recalled(
@@ -302,49 +229,6 @@ class BasketSource:
         return _near([(self._items, like.query, like.row, like.score)], size, batch.items, every * depth)
 
 
-def anchors(rules: Sequence[Rule], batch: Batch, context: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The distinct items that count: their slot (rule * B + query), ascending, catalog row and weight."""
-    device, size = batch.device, batch.size
-    by_kind, decay, step, limit = _rules(tuple(rules), device)
-    weights = by_kind.index_select(1, batch.kind) * torch.exp(batch.age_days * decay + batch.from_end * step)
-    counted = (weights > 0) & (batch.from_end < limit)
-    on_page = context and len(batch.anchor_row) > 0
-    if on_page:
-        counted &= torch.bincount(batch.anchor_query, minlength=size)[batch.query] == 0
-    number, event = counted.nonzero(as_tuple=True)
-    slot, row = number * size + batch.query.index_select(0, event), batch.row.index_select(0, event)
-    weight = weights.flatten().index_select(0, number * len(batch.row) + event)
-    if on_page:
-        page = torch.arange(len(rules), device=device)[:, None] * size + batch.anchor_query
-        slot = torch.cat([slot, page.flatten()])
-        row = torch.cat([row, batch.anchor_row.repeat(len(rules))])
-        weight = torch.cat([weight, torch.ones(page.numel(), device=device)])
-    # Viewed, put in the cart, bought: one item to look up, not three.
-    pair, order = sort_with_position(slot * batch.items + row, len(rules) * size * batch.items)
-    pair, weight = _summed(pair, weight.index_select(0, order))
-    return pair // batch.items, pair % batch.items, weight
-
-
-@lru_cache(maxsize=64)
-def _rules(rules: tuple[Rule, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Weight by event type [R, 256], decay a day [R, 1] and an event [R, 1], and limit [R, 1] of the rules."""
-    # exp and not exp2, whose last bit depends on where in a tensor a number lies: features must not.
-    by_kind = torch.stack([rule.by_kind for rule in rules])
-    decay, step, limit = (
-        torch.tensor(column, device=device)[:, None]
-        for column in zip(*((rule.decay, rule.step, rule.limit) for rule in rules), strict=True)
-    )
-    return by_kind, decay, step, limit
-
-
-def _summed(pair: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
-    """The distinct values of the ascending `pair`, and the sum of the scores of each."""
-    new = torch.ones(len(pair), dtype=torch.bool, device=pair.device)
-    torch.ne(pair[1:], pair[:-1], out=new[1:])
-    distinct = pair.index_select(0, new.nonzero().squeeze(1))
-    return distinct, torch.zeros(len(distinct), device=pair.device).index_add_(0, new.cumsum(0).sub_(1), score)
-
-
 class ListSource:
     """The same list for every query, or one by what its user is."""
 
@@ -380,7 +264,7 @@ class ListSource:
         chosen = self.rows[groups] >= 0
         row, place = torch.unique(self.rows[groups][chosen], return_inverse=True)
         total = torch.zeros(len(row), device=row.device).index_add_(0, place, self.scores[groups][chosen])
-        order, rank = _ranked(torch.zeros_like(row), total, 1)
+        order, rank = ranked(torch.zeros_like(row), total, 1)
         order, rank = order[:k], rank[:k]
         return Recalled(torch.zeros_like(rank), row[order], total[order], rank)
 
@@ -400,11 +284,6 @@ def _check_rows(rows: Tensor, file: str, reach: int) -> None:
         raise BundleError(f"{file} names rows beyond the {reach} items")
 
 
-def halves(table: Tensor) -> npt.NDArray[np.uint16]:
-    """The bits of a float16 tensor of the host."""
-    return table.view(torch.uint16).numpy()
-
-
 def open_source(spec: SourceSpec, bundle: Bundle, device: torch.device) -> Source:
     """Raises `BundleError` when the source's files do not fit together or the catalog."""
     try:
@@ -421,33 +300,6 @@ def open_source(spec: SourceSpec, bundle: Bundle, device: torch.device) -> Sourc
         raise BundleError(f"source {spec.name!r} has no {error}") from error
 
 
-def best_first(batch: Batch, query: Tensor, score: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Positions [B, <=k] of each query's best scores [M], padded with -1, and these scores, padded with -inf."""
-    size = batch.size
-    if isinstance(batch.scratch, Scratch):
-        positions, best = kernels.best_first(query.numpy(), score.numpy(), size, k)
-        return torch.from_numpy(positions), torch.from_numpy(best)
-    order, rank = _ranked(query, score, size)
-    width = min(k, int(rank.max()) + 1) if len(rank) else 0
-    kept = (rank < width).nonzero().squeeze(1)
-    cell = query.index_select(0, kept) * width + rank.index_select(0, kept)
-    order = order.index_select(0, kept)
-    shown = torch.full((size * width,), -1, dtype=torch.int64, device=query.device).index_copy_(0, cell, order)
-    scores = torch.full((size * width,), -torch.inf, device=query.device)
-    scores.index_copy_(0, cell, score.index_select(0, order))
-    return shown.view(size, width), scores.view(size, width)
-
-
-def _ranked(query: Tensor, score: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """The order that puts each query's best first, and the rank of each place; `query` [E] ascends before and after.
-
-    Among equal scores the order is the query's own, whatever else is in the batch.
-    """
-    _, order = sort_with_position(query << 32 | _descending(score), size << 32)
-    counts = torch.bincount(query, minlength=size)
-    return order, torch.arange(len(query), device=query.device) - (counts.cumsum(0) - counts).index_select(0, query)
-
-
 def _flat(rows: Tensor, scores: Tensor) -> Recalled:
     """From rows [B, K], -1 where there is none, and scores [B, K]."""
     width = rows.shape[1]
@@ -458,29 +310,13 @@ def _flat(rows: Tensor, scores: Tensor) -> Recalled:
     )
 
 
-def _descending(score: Tensor) -> Tensor:
-    """int64 in 0..2**32-1 that ascend as the float32 scores descend."""
-    bits = (score + 0.0).view(torch.int32).long()  # makes -0.0 equal 0.0
-    return 0x7FFFFFFF - torch.where(bits < 0, -0x80000000 - bits - 1, bits)
-
-
-def sort_with_position(keys: Tensor, limit: int) -> tuple[Tensor, Tensor]:
-    """The int64 keys, all in 0..limit-1, ascending, and where each came from; equal keys keep their order."""
-    bits = len(keys).bit_length()
-    if keys.is_cuda or limit.bit_length() + bits > 63:
-        ascending = keys.sort(stable=True)
-        return ascending.values, ascending.indices
-    # numpy sorts plain integers with SIMD, ten times as fast as torch sorts pairs on a CPU: the position
-    # rides in the low bits.
-    packed = keys.numpy() << bits
-    packed |= np.arange(len(packed))
-    packed.sort()
-    return torch.from_numpy(packed >> bits), torch.from_numpy(packed & ((1 << bits) - 1))
-
-
-def _from_end(query: Tensor, counts: Tensor) -> Tensor:
-    """0 for the last entry of each query, 1 for the one before, ... ; `query` ascends."""
-    return counts.cumsum(0).index_select(0, query) - 1 - torch.arange(len(query), device=query.device)
+def _flat_vectors(index: faiss.Index) -> Tensor | None:
+    """[d, n] of an index that scans them all."""
+    flat = faiss.downcast_index(index)
+    if not isinstance(flat, faiss.IndexFlat):
+        return None
+    held: npt.NDArray[np.float32] = faiss.rev_swig_ptr(flat.get_xb(), index.ntotal * index.d)
+    return torch.from_numpy(held.reshape(index.ntotal, index.d)).t()
 
 
 def _open_index(path: str, device: torch.device) -> faiss.Index:

@@ -8,7 +8,7 @@ from torch import Tensor
 from app.catalog import Catalog
 from app.engine.batch import Batch
 from app.engine.merge import Candidates
-from app.engine.recall import best_first
+from app.engine.ordering import best_first
 from app.scenes import Scene
 
 POOL = 3

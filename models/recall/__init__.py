@@ -42,19 +42,24 @@ class Vectors:
 
     items: npt.NDArray[np.float32]
     """[n, d]."""
-    encoder: nn.Module
-    """`forward(history, kinds, ages_s, profile) -> [B, d]`, exportable at any B; see `app.bundle.VectorSpec`."""
+    encoder: nn.Module | None
+    """`forward(history, kinds, ages_s, profile) -> [B, d]`, exportable at any B; see `app.bundle.VectorSpec`. Without
+    one a user is the sum of the inputs of their events, each by its strength and age, as a unit vector."""
     history: int
-    """L: events that the encoder reads."""
+    """L: events that make a user."""
     profile: int = 1
     """P: profile attributes that the encoder reads."""
     inputs: npt.NDArray[np.float32] | None = None
     """[n, c]: what `history` holds of each item, where that is not its own vector."""
+    half_life_days: float | None = None
+    """In which an event loses half its weight where there is no encoder."""
     losses: tuple[tuple[float, float], ...] = ()
     """Training and validation loss of each epoch; empty where nothing was learned by gradient."""
 
     def export(self) -> torch.export.ExportedProgram:
         """The encoder for batches of any size, 1 included."""
+        if self.encoder is None:
+            raise ValueError("users that are sums have no encoder")
         width = (self.items if self.inputs is None else self.inputs).shape[1]
         inputs = (
             torch.zeros(2, self.history, width),

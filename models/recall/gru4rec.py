@@ -66,7 +66,7 @@ class Encoder(sequences.Encoder):
 def fit(
     past: Interactions,
     *,
-    history: int = 50,
+    history: int = 20,
     seed: int = 0,
     device: str = "cpu",
     on_epoch: Callable[[int, float, float], None] = lambda epoch, train, valid: None,

@@ -20,7 +20,7 @@ from torch import Tensor
 from models.recall import Interactions, Vectors
 from models.recall.ease import user_items
 from models.recall.mf import bag, product
-from models.recall.spectral import Sum, damped, degrees, leading
+from models.recall.spectral import damped, degrees, leading
 
 TEMPERATURE = 0.1
 LEARNING_RATE = 0.02
@@ -88,4 +88,11 @@ def fit(
     with torch.no_grad():
         inputs, items = outputs()
         items *= of_item**POPULARITY
-    return Vectors(items.numpy(), Sum(half_life_days).eval(), history, inputs=inputs.numpy(), losses=tuple(losses))
+    return Vectors(
+        items.numpy(),
+        None,
+        history,
+        inputs=inputs.numpy(),
+        half_life_days=half_life_days,
+        losses=tuple(losses),
+    )

@@ -22,7 +22,6 @@ from app.state.events import EventType
 from models.data.times import DAY_MS
 from models.recall import STRENGTH, Interactions, Vectors
 from models.recall.ease import user_items
-from models.recall.spectral import Sum
 
 STEPS = 3
 """Of conjugate gradients for each side in each iteration, starting from the last solution."""
@@ -60,11 +59,11 @@ def fit_als(
     past: Interactions,
     *,
     half_life_days: float | None = 60.0,
-    width: int = 128,
+    width: int = 64,
     unobserved: float = 0.003,
     ridge: float = 0.01,
     iterations: int = 12,
-    history: int = 256,
+    history: int = 64,
     seed: int = 0,
 ) -> Vectors:
     """Minimises sum of x (u'v - 1)^2 over what was wanted + `unobserved` times sum of (u'v)^2 over all pairs
@@ -155,9 +154,10 @@ def fit_bpr(
             losses.append((float(np.mean(taught)), math.nan))
     return Vectors(
         items.detach().numpy(),
-        Sum(half_life_days).eval(),
+        None,
         history,
         inputs=inputs.detach().numpy(),
+        half_life_days=half_life_days,
         losses=tuple(losses),
     )
 
@@ -204,5 +204,5 @@ def product(matrix: sp.csr_matrix, table: Tensor) -> Tensor:
 
 
 def bag(given: sp.csr_matrix, table: Tensor) -> Tensor:
-    """[B, d]: what `Sum` makes of histories in training."""
+    """[B, d]: what the service makes of histories that have no encoder, in training."""
     return F.normalize(product(given, table), dim=1)

@@ -5,39 +5,15 @@ walk of `rp3beta`, and the fusion adds the two up. Singular vectors by randomise
 Martinsson & Tropp, SIAM Review, 2011).
 """
 
-import math
-
 import numpy as np
 import numpy.typing as npt
 import scipy.sparse as sp
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
-from app.state.events import EventType
-from models.data.times import DAY_MS
-from models.recall import STRENGTH, Interactions, Vectors
+from models.recall import Interactions, Vectors
 from models.recall.ease import user_items
 
 OVERSAMPLED = 32
 ROUNDS = 4
-
-
-class Sum(nn.Module):
-    """`forward(history, kinds, ages_s, profile) -> [B, d]`: the weighted sum of a history, as a unit vector.
-
-    Weights are what `user_items` gives a single event. Whoever did nothing has the vector 0.
-    """
-
-    def __init__(self, half_life_days: float | None) -> None:
-        super().__init__()
-        weight = torch.from_numpy(STRENGTH / STRENGTH[EventType.PURCHASE])
-        self.weight = nn.Embedding.from_pretrained(weight[:, None])  # type: ignore[no-untyped-call]
-        self.rate = 0.0 if half_life_days is None else -math.log(2) * 1000 / DAY_MS / half_life_days
-
-    def forward(self, history: Tensor, kinds: Tensor, ages_s: Tensor, profile: Tensor) -> Tensor:
-        weight = self.weight(kinds) * torch.exp(ages_s * self.rate).unsqueeze(2)
-        return F.normalize(torch.bmm(weight.transpose(1, 2), history).squeeze(1), dim=1)
 
 
 def fit(
@@ -66,9 +42,10 @@ def fit(
     right = right[:, values >= cutoff * values[0]]
     return Vectors(
         right * items[:, None] ** leave,
-        Sum(half_life_days).eval(),
+        None,
         history,
         inputs=right * items[:, None] ** -entry,
+        half_life_days=half_life_days,
     )
 
 

@@ -96,7 +96,7 @@ class Naive:
             elif isinstance(spec, ListSpec):
                 listed = bundle.tensors(spec.rows)
                 self.lists[spec.name] = listed["rows"].numpy().astype(np.int64), listed["scores"].numpy()
-            elif isinstance(spec, VectorSpec):
+            elif isinstance(spec, VectorSpec) and spec.encoder:
                 self.vectors = bundle.tensors(spec.vectors)["vectors"].numpy()
                 self.index = faiss.read_index(str(bundle.path / spec.index))
                 self.encode = load_program(bundle.path / spec.encoder, CPU)

@@ -52,7 +52,7 @@ LEARNED_FROM = 5_000
 ALL = ",".join(MODELS)
 K = 200
 """Candidates of each source."""
-WIDTH = Width(neighbours=200, likest=200, ease=400, ease_gb=6.0)
+WIDTH = Width(neighbours=200, likest=200, spectral=512, ease=400, ease_gb=6.0)
 
 
 @dataclass(frozen=True, slots=True)

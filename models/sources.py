@@ -114,6 +114,7 @@ class Width:
     neighbours: int = NEIGHBOURS
     likest: int = 100
     """Baskets."""
+    spectral: int = 128
     ease: int = 100
     ease_gb: float = EASE_GB
 
@@ -263,7 +264,7 @@ def _gru4rec(draft: Draft, past: Past) -> None:
 
 
 def _spectral(draft: Draft, past: Past) -> None:
-    _vectors(draft, "spectral", spectral.fit(past.events, seed=past.seed), past.seed)
+    _vectors(draft, "spectral", spectral.fit(past.events, width=past.width.spectral, seed=past.seed), past.seed)
 
 
 def _lightgcn(draft: Draft, past: Past) -> None:

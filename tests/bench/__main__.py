@@ -10,16 +10,19 @@ import os
 import platform
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from statistics import median
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from tests.bench.every import SCENES, Compared, compare
 from tests.bench.measure import (
     EVENTS_A_CALL,
     LIMIT,
@@ -48,16 +51,19 @@ if not console.is_terminal:
 
 def bench(
     sizes: Annotated[
-        str | None, typer.Option(help=f"Catalogs to measure. Default: {','.join(SIZES)}; with --quick or --swap 10k.")
+        str | None,
+        typer.Option(help=f"Catalogs to measure. Default: {','.join(SIZES)}; with --quick, --swap or --every 10k."),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="One short round, as a check.")] = False,
     swapping: Annotated[bool, typer.Option("--swap", help="Only this: swap bundles under full load.")] = False,
+    every: Annotated[bool, typer.Option("--every", help="Only this: every source against the main ones.")] = False,
     folder: Annotated[Path, typer.Option(help="Where the made-up shops are kept.")] = Path("build/bench"),
     out: Annotated[Path, typer.Option(help="Where all rounds go as JSON.")] = Path("build/bench/results.json"),
 ) -> None:
     """Measure the service, a floor and a naive service over HTTP."""
     usable = sorted(os.sched_getaffinity(0))
-    chosen = [size.strip() for size in sizes.split(",")] if sizes else ["10k"] if quick or swapping else [*SIZES]
+    small = quick or swapping or every
+    chosen = [size.strip() for size in sizes.split(",")] if sizes else ["10k"] if small else [*SIZES]
     if unknown := set(chosen) - SIZES.keys():
         raise typer.BadParameter(f"{', '.join(sorted(unknown))}; known: {', '.join(SIZES)}", param_hint="--sizes")
     if len(usable) < 2:
@@ -69,6 +75,12 @@ def bench(
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     console.print(f"{processor()}, {platform.system()} {platform.release()}, Python {platform.python_version()}")
     console.print(f"server on core {cores.server}; client and Valkey on core {cores.client}, in production elsewhere")
+    if every:
+        os.sched_setaffinity(0, {cores.client})
+        with console.status("") as status, tempfile.TemporaryDirectory(prefix="millirec-bench-") as work:
+            compared = compare(Path(work), SIZES[chosen[0]], cores, pace, status.update)
+        show_every(chosen[0], compared)
+        raise typer.Exit(int(bool(compared.failed)))
     with console.status("") as status:
         roots = {}
         for size in chosen:
@@ -120,6 +132,14 @@ def show(size: str, result: Result | Swapped) -> None:
     console.print(table(size, result))
     for goal, reached in goals(size, result):
         console.print(f"{'reached' if reached else '[red]missed[/red] '}  {goal}", highlight=False)
+
+
+def show_every(size: str, compared: Compared) -> None:
+    for name in SCENES:
+        asked = f"{compared.sources[name]} sources, {compared.candidates[name]:.0f} candidates a request"
+        console.print(f"{size} items, {asked}: {median(compared.per_s[name]):,.0f} slates/s", highlight=False)
+    reached = "reached" if compared.ratio >= 0.5 else "[red]missed[/red] "
+    console.print(f"{reached}  every source against the main ones {compared.ratio:.2f}, at least 0.5", highlight=False)
 
 
 def table(size: str, result: Result) -> Table:

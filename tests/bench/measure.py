@@ -120,7 +120,7 @@ class Swapped:
 
 def make(root: Path, items: int, prefix: str = "") -> str:
     """Version of the made-up shop's bundle in `root`."""
-    return _in_a_process(synthetic.bundle, root, items, prefix).version
+    return in_a_process(synthetic.bundle, root, items, prefix).version
 
 
 def measure(root: Path, items: int, cores: Cores, pace: Pace, progress: Progress) -> Result:
@@ -131,18 +131,18 @@ def measure(root: Path, items: int, cores: Cores, pace: Pace, progress: Progress
     version = make(root, items)
     with ExitStack() as stack:
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="millirec-bench-")))
-        redis_url = _valkey(stack)
+        redis_url = valkey(stack)
         events = _history(items)
         naive.write(redis_url, events)
 
         def start(name: str, *module: str) -> Contestant:
             progress(f"starting {name}")
-            return stack.enter_context(_contestant(name, module, root, redis_url, work, cores.server))
+            return stack.enter_context(contestant_of(name, module, root, redis_url, work, cores.server))
 
         ours = start("ours", "app", "serve", "--port")
         progress("events")
-        ingested = _ingest(ours, events, cores)
-        candidates = _in_a_process(synthetic.candidates, root / version, redis_url)
+        ingested = ingest(ours, events, cores)
+        candidates = in_a_process(synthetic.candidates, root / version, redis_url)
         answer = work / "answer.json"
         answer.write_bytes(ours.get(f"/recommend?user_id=u0&limit={LIMIT}"))
         contestants = {
@@ -183,15 +183,15 @@ def swap(roots: dict[str, Path], items: int, cores: Cores, pace: Pace, progress:
     versions = {prefix: make(root, items, prefix) for prefix, root in roots.items()}
     with ExitStack() as stack:
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="millirec-bench-")))
-        redis_url = _valkey(stack)
+        redis_url = valkey(stack)
         bundles = work / "bundles"
         bundles.mkdir()
         for prefix, version in versions.items():
             (bundles / version).symlink_to(roots[prefix] / version)
         activate(bundles, next(iter(versions.values())))
         module = ("app", "serve", "--port")
-        ours = stack.enter_context(_contestant("ours", module, bundles, redis_url, work, cores.server))
-        _ingest(ours, [event for prefix in versions for event in _history(items, prefix)], cores)
+        ours = stack.enter_context(contestant_of("ours", module, bundles, redis_url, work, cores.server))
+        ingest(ours, [event for prefix in versions for event in _history(items, prefix)], cores)
         served: list[str] = []
         over = threading.Event()
 
@@ -220,17 +220,17 @@ def _history(items: int, prefix: str = "") -> list[dict[str, Any]]:
     return synthetic.clickstream(items, USERS, time.time_ns() // 1_000_000, prefix)
 
 
-def _in_a_process(function: Callable[..., T], *arguments: object) -> T:
+def in_a_process(function: Callable[..., T], *arguments: object) -> T:
     """What it allocates is given back to the machine."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         return process.submit(function, *arguments).result()
 
 
-def _valkey(stack: ExitStack) -> str:
+def valkey(stack: ExitStack) -> str:
     return f"redis://127.0.0.1:{stack.enter_context(ValkeyServer(free_port())).port}/0"
 
 
-def _contestant(
+def contestant_of(
     name: str, module: Sequence[str], bundles: Path, redis_url: str, work: Path, core: int
 ) -> AbstractContextManager[Contestant]:
     """`module` is to be followed by a port."""
@@ -240,7 +240,7 @@ def _contestant(
     return running(name, [*module, str(port)], port, core, environment, work / f"{name}.log")
 
 
-def _ingest(ours: Contestant, events: Sequence[dict[str, Any]], cores: Cores) -> Report:
+def ingest(ours: Contestant, events: Sequence[dict[str, Any]], cores: Cores) -> Report:
     """Sends the events in their order, over a few connections."""
     bodies = [events[first : first + EVENTS_A_CALL] for first in range(0, len(events), EVENTS_A_CALL)]
     requests = [load.post("/events", json.dumps(body).encode()) for body in bodies if len(body) == EVENTS_A_CALL]

@@ -23,7 +23,7 @@ from models.metrics import markdown
 from models.ranking import RANKERS
 from models.result import sheets
 from models.sources import MODELS, STANDARD, Progress
-from models.train import Trained
+from models.train import ENOUGH, Trained
 from models.train import train as trained_on
 
 Events = Annotated[Path | None, typer.Option(help="CSV, JSON-lines or Parquet file with the events.")]
@@ -124,6 +124,12 @@ def report(bundle: Bundle, trained: Trained) -> None:
     console.print(f"seconds: {spent}", markup=False, highlight=False)
     for name, recall in trained.candidate_recall.items():
         console.print(f"candidate recall for {name}: {recall:.3f}", highlight=False)
+    for name, on in trained.validation.items():
+        line = f"validation of {name}: NDCG@20 {on['ndcg@20']:.4f}, popularity {on['popularity']:.4f}"
+        few = "" if on["users"] >= ENOUGH else ", too few to tell"
+        console.print(f"{line}, on {on['users']:.0f} users{few}", style="bold red" if few else None, highlight=False)
+    for line in trained.missing:
+        console.print(line, style="bold red", markup=False, highlight=False)
     print(bundle.version)
 
 

@@ -13,6 +13,7 @@ from app.settings import Scope
 # By the first segment of the path; None needs no key. What is not named needs the widest scope, so
 # that a forgotten line locks a route and never opens it.
 SCOPES: Mapping[str, Scope | None] = {
+    "admin": Scope.ADMIN,
     "docs": None,
     "events": Scope.EVENTS,
     "health": None,

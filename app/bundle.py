@@ -1,11 +1,14 @@
 """The bundle: one immutable trained version in one folder, and the contract between models/ and app/.
 
-A bundle root looks like this; `CURRENT` names the version to serve and is replaced atomically:
+A bundle root looks like this; `CURRENT` names the version to serve, `SCENES.json` has what operators changed of its
+scenes, and both are replaced atomically:
 
     bundles/CURRENT
+    bundles/SCENES.json
     bundles/20261122T101500-3fa94c1b/manifest.json, catalog.safetensors, ...
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -20,15 +23,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from app.scenes import Scene
+from app.scenes import Scene, SceneChange
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 CURRENT = "CURRENT"
+SCENES = "SCENES.json"
 
 
 class BundleError(Exception):
@@ -351,11 +355,7 @@ def activate(root: Path, version: str) -> None:
     """Names `version` as the one to serve; running services pick it up at their next look."""
     if version not in versions(root):
         raise BundleError(f"no bundle {version!r} in {root}")
-    pointer = root / f".{CURRENT}-{os.urandom(4).hex()}"
-    pointer.write_text(version + "\n")
-    _sync(pointer)
-    pointer.replace(root / CURRENT)
-    _sync(root)
+    _replace(root / CURRENT, f"{version}\n".encode())
 
 
 def current(root: Path) -> str | None:
@@ -366,9 +366,50 @@ def current(root: Path) -> str | None:
         return None
 
 
+_CHANGES = TypeAdapter(dict[str, SceneChange])
+
+
+def scene_changes(root: Path) -> dict[str, SceneChange]:
+    """What operators changed, by scene. Raises `BundleError` where the file says something else."""
+    try:
+        return _CHANGES.validate_json((root / SCENES).read_bytes())
+    except FileNotFoundError:
+        return {}
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise BundleError(f"{SCENES}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    except OSError as error:
+        raise BundleError(f"{SCENES}: {error.strerror}") from error
+
+
+def change_scene(root: Path, name: str, change: SceneChange | None) -> None:
+    """Sets the change of a scene, or takes it back; running services follow at their next look.
+
+    Raises `BundleError` where the file cannot be read or written.
+    """
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with (root / f".{SCENES}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            changes = {other: one for other, one in scene_changes(root).items() if other != name}
+            if change is not None:
+                changes[name] = change
+            _replace(root / SCENES, _CHANGES.dump_json(changes, indent=1, exclude_none=True, exclude_defaults=True))
+    except OSError as error:
+        raise BundleError(f"{root / SCENES}: {error.strerror}") from error
+
+
 def versions(root: Path) -> list[str]:
     """All versions in `root`, oldest first."""
     return sorted(path.parent.name for path in root.glob(f"[!.]*/{MANIFEST}"))
+
+
+def _replace(path: Path, content: bytes) -> None:
+    new = path.with_name(f".{path.name}-{os.urandom(4).hex()}")
+    new.write_bytes(content)
+    _sync(new)
+    new.replace(path)
+    _sync(path.parent)
 
 
 def _sync(path: Path) -> None:

@@ -17,7 +17,7 @@ from app.auth import Authentication, scope_of
 from app.engine.local import LocalEngine
 from app.impressions import Impressions
 from app.problems import MEDIA_TYPE, ProblemDocument
-from app.routes import ServedEngine, State, events, ops, recommend, users
+from app.routes import ServedEngine, State, admin, events, ops, recommend, users
 from app.settings import Settings
 from app.state.spool import Spool
 from app.state.store import Store
@@ -65,7 +65,7 @@ def create_app(settings: Settings, engine: ServedEngine | None = None) -> FastAP
     app.add_middleware(RequestMetrics)
     # The hot route first, for routes are matched in this order; and not by `include_router`, which matches each route
     # twice: 7 of the 45 us that answering `/recommend` costs without the engine.
-    for module in (recommend, events, users, ops):
+    for module in (recommend, events, users, ops, admin):
         app.router.routes.extend(module.router.routes)
     app.openapi = _documentation(app, settings)  # type: ignore[method-assign]
     return app

@@ -1,10 +1,15 @@
-"""Scenes: what a list on a page is made of, as validated configuration inside the bundle."""
+"""Scenes: what a list on a page is made of, as validated configuration inside the bundle, and what operators change."""
 
+from collections.abc import Mapping
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Fusion = Literal["learned", "reciprocal_rank", "voting", "weighted", "cascade"]
+
+
+Candidates = Annotated[int, Field(ge=1, le=1000)]
+Weight = Annotated[float, Field(ge=0, le=1e6)]
 
 
 class SceneSource(BaseModel):
@@ -13,9 +18,9 @@ class SceneSource(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
-    k: Annotated[int, Field(ge=1, le=1000)] = 100
+    k: Candidates = 100
     """How many candidates the source may propose."""
-    weight: Annotated[float, Field(ge=0)] = 1.0
+    weight: Weight = 1.0
     """Its say in reciprocal-rank, voting and weighted fusion."""
 
 
@@ -44,3 +49,44 @@ class Scene(BaseModel):
         if len({source.name for source in self.sources}) < len(self.sources):
             raise ValueError("a source is named twice")
         return self
+
+
+class SourceChange(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    k: Candidates | None = None
+    weight: Weight | None = None
+
+
+class SceneChange(BaseModel):
+    """What an operator wants of a scene other than the bundle says; what is not named stays with the bundle."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    fusion: Fusion | None = None
+    sources: Mapping[str, SourceChange] = {}
+    """By name."""
+
+
+class SceneError(ValueError):
+    """A change that its scene does not allow; `field` is what is at fault."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+def changed(scene: Scene, change: SceneChange) -> Scene:
+    """The scene with the change; sources that it does not have are passed over. Raises `SceneError`."""
+    fusion = change.fusion or scene.fusion
+    if fusion == "learned" and scene.ranker is None:
+        raise SceneError("fusion", "The bundle has no ranker for this scene")
+    sources = tuple(
+        source.model_copy(update=of_source.model_dump(exclude_none=True))
+        if (of_source := change.sources.get(source.name))
+        else source
+        for source in scene.sources
+    )
+    if not any(source.weight for source in sources):
+        raise SceneError("sources", "Every source would have weight 0")
+    return scene.model_copy(update={"fusion": fusion, "sources": sources})

@@ -35,9 +35,9 @@ from models.data.log import Log
 from models.data.tables import ITEMS
 from models.data.times import DAY_MS
 from models.metrics import Row, Scores, bootstrap, evaluate, markdown
-from models.ranking import RANKERS
+from models.ranking import RANKERS, weights
 from models.sources import MODELS, WINDOW, Fitted, Progress, Width, fit
-from models.train import examples, with_rankers
+from models.train import Learned, examples, with_learned
 
 BATCH = 32
 LIMIT = 20
@@ -168,10 +168,12 @@ def run(
         fitted_ranker = RANKERS[ranker](
             learned, seed=seed, on_epoch=lambda epoch, train, valid: note(f"ranker {epoch}: {train:.4f} {valid:.4f}")
         )
+        fitted_weights = weights.fit(learned, [source.name for source in scene.sources], seed=seed)
         del learned, pipeline
         if split.judge.log is not split.learn.log:
             fitted, _, scene = _fitted(Path(folder, "again"), split, split.judge, models, seed, note)
-        with_rankers(fitted.draft, {"evaluated": fitted_ranker})
+        if lost := with_learned(fitted.draft, {"evaluated": Learned(fitted_weights, fitted_ranker)}):
+            raise DataError(lost[0])
         pipeline = Pipeline(seal(fitted.draft, "judged"), torch.device("cpu"), BATCH)
         rows = [
             Row(name, scores, bootstrap(scores.per_user[split.metrics[1]], seed=seed))

@@ -23,12 +23,13 @@ from models.metrics import markdown
 from models.ranking import RANKERS
 from models.result import sheets
 from models.sources import MODELS, STANDARD, Progress
-from models.train import Trained
+from models.train import ENOUGH, Trained
 from models.train import train as trained_on
 
 Events = Annotated[Path | None, typer.Option(help="CSV, JSON-lines or Parquet file with the events.")]
 Items = Annotated[Path | None, typer.Option(help="File with the items; without it they are made from the events.")]
 Users = Annotated[Path | None, typer.Option(help="File with the users' attributes.")]
+Categories = Annotated[Path | None, typer.Option(help="File with the parent of each category that items name.")]
 Retail = Annotated[Path | None, typer.Option("--online-retail", help="The UCI Online Retail invoices, as CSV.")]
 Column = Annotated[list[str] | None, typer.Option(help="A column by another name, as user_id=shopper; repeatable.")]
 Root = Annotated[Path | None, typer.Option(help="Folder of bundles. Default: MILLIREC_BUNDLES.")]
@@ -71,7 +72,12 @@ def progress() -> Iterator[Progress]:
 
 
 def tables_of(
-    events: Path | None, items: Path | None, users: Path | None, retail: Path | None, column: list[str] | None
+    events: Path | None,
+    items: Path | None,
+    users: Path | None,
+    retail: Path | None,
+    column: list[str] | None,
+    categories: Path | None = None,
 ) -> Tables:
     """The shop's history as the command line names it, with what was dropped printed."""
     if (events is None) == (retail is None):
@@ -80,7 +86,8 @@ def tables_of(
         tables = online_retail(retail)
     else:
         assert events is not None
-        tables = read_tables(events, items, users, dict(each.partition("=")[::2] for each in column or ()))
+        named = dict(each.partition("=")[::2] for each in column or ())
+        tables = read_tables(events, items, users, named, categories=categories)
     console.print(tables.report)
     return tables
 
@@ -117,6 +124,12 @@ def report(bundle: Bundle, trained: Trained) -> None:
     console.print(f"seconds: {spent}", markup=False, highlight=False)
     for name, recall in trained.candidate_recall.items():
         console.print(f"candidate recall for {name}: {recall:.3f}", highlight=False)
+    for name, on in trained.validation.items():
+        line = f"validation of {name}: NDCG@20 {on['ndcg@20']:.4f}, popularity {on['popularity']:.4f}"
+        few = "" if on["users"] >= ENOUGH else ", too few to tell"
+        console.print(f"{line}, on {on['users']:.0f} users{few}", style="bold red" if few else None, highlight=False)
+    for line in trained.missing:
+        console.print(line, style="bold red", markup=False, highlight=False)
     print(bundle.version)
 
 
@@ -124,6 +137,7 @@ def train(
     events: Events = None,
     items: Items = None,
     users: Users = None,
+    categories: Categories = None,
     retail: Retail = None,
     column: Column = None,
     bundles: Root = None,
@@ -137,7 +151,7 @@ def train(
     single_threaded()
     with one_line_errors():
         names = chosen(models, ranker)
-        tables = tables_of(events, items, users, retail, column)
+        tables = tables_of(events, items, users, retail, column, categories)
         with progress() as shown:
             bundle, trained = trained_on(
                 tables,
@@ -158,6 +172,7 @@ def evaluate(
     events: Events = None,
     items: Items = None,
     users: Users = None,
+    categories: Categories = None,
     retail: Retail = None,
     column: Column = None,
     bundles: Annotated[
@@ -175,7 +190,7 @@ def evaluate(
     cut_ms = int(cut.replace(tzinfo=UTC).timestamp() * 1000)
     with one_line_errors(), tempfile.TemporaryDirectory() as temporary:
         names = chosen(models, ranker)
-        tables = tables_of(events, items, users, retail, column)
+        tables = tables_of(events, items, users, retail, column, categories)
         root = bundles or Path(temporary)
         version = current(root)
         bundle = open_bundle(root / version) if version else None

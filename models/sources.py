@@ -105,6 +105,8 @@ class Fitted:
     items: Items
     losses: Mapping[str, list[tuple[float, float]]]
     seconds: Mapping[str, float]
+    silent: tuple[str, ...]
+    """Models that the past did not allow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +157,9 @@ def fit(
     past = log.before(cut_ms)
     items = listed(catalog, log, cut_ms)
     if not len(items.key):
-        raise DataError("no item was listed before the first cut: the history is too short to learn from")
+        raise DataError(
+            "items: column created_at: none was listed before the first cut, there is no past to learn from"
+        )
     tensors, categories, brands = columns(items, past, cut_ms)
     draft = Draft(folder, len(items.key), WINDOW, STATISTICS, tuple(categories), tuple(brands), [], [], {})
     draft.save("catalog.safetensors", tensors)
@@ -169,16 +173,24 @@ def fit(
         len(items.key),
     )
     if not STRENGTH[before.kind].any():
-        raise DataError("no event before the first cut says what anybody wants: there is nothing to learn from")
+        raise DataError(
+            "events: column type: none before the first cut says what anybody wants, of items that were listed by then:"
+            " there is nothing to learn from"
+        )
     seconds: dict[str, float] = {}
     given = Past(before, cut_ms, items, tensors["category"].numpy(), past.profiles, width, seed, progress, {})
+    silent = []
     for name in STANDARD if models is None else models:
         progress(name)
-        begun = time.monotonic()
+        begun, before_it = time.monotonic(), len(draft.sources)
         MODELS[name](draft, given)
         seconds[name] = round(time.monotonic() - begun, 1)
+        if len(draft.sources) == before_it:
+            silent.append(name)
+    if not draft.sources:
+        raise DataError(f"nothing can be learned of this history by {', '.join(silent)}: draw on other models too")
     draft.scenes = scenes([source.name for source in draft.sources])
-    return Fitted(draft, items, given.losses, seconds)
+    return Fitted(draft, items, given.losses, seconds, tuple(silent))
 
 
 def _history(draft: Draft, past: Past) -> None:
@@ -363,7 +375,7 @@ def scenes(sources: list[str]) -> dict[str, Scene]:
     around = tuple(
         source.model_copy(update={"weight": 0.3 if source.name in LISTS else 1.0})
         for source in everything
-        if source.name != "history"
+        if source.name != "history" or len(everything) == 1
     )
     return {
         "home": Scene(sources=everything),

@@ -9,7 +9,7 @@ import hashlib
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version as installed
 from pathlib import Path
@@ -29,7 +29,7 @@ from app.state.events import MS_PER_DAY, EventType
 from models.catalog import Items
 from models.data import DataError, Tables
 from models.data.log import Log
-from models.ranking import RANKERS, Examples, Ranker, ndcg, split, stack
+from models.ranking import RANKERS, Examples, Ranker, ndcg, split, stack, weights
 from models.sources import STANDARD, WINDOW, Fitted, Progress, fit
 
 BATCH = 32
@@ -56,7 +56,10 @@ class Plan:
         first, end = int(log.events["ts"].min()), int(log.events["ts"].max()) + 1
         span_days = (end - first) / MS_PER_DAY
         if span_days < 1:
-            raise DataError("the events span less than a day: too short to learn from what came later")
+            raise DataError(
+                f"events: column timestamp: all lie within {24 * span_days:.1f} hours; less than a day is too short to"
+                " learn from what came later"
+            )
         days = label_days or min(30.0, span_days / 8)
         cuts = [int(end - days * step * MS_PER_DAY) for step in range(1, windows + 1)]
         kept = [cut for cut in cuts if cut - first >= 0.4 * (end - first)]
@@ -74,6 +77,17 @@ class Trained:
     validation: dict[str, dict[str, float]] = field(default_factory=dict)
     """By scene: NDCG@20 of what the sources proposed to the users that the ranker did not learn from, in its order and
     in that of popularity."""
+    missing: list[str] = field(default_factory=list)
+    """What was asked for and could not be had of this history, a line each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Learned:
+    """What a scene's candidates taught."""
+
+    weights: Mapping[str, float]
+    """By source, for the fusions that are not learned."""
+    ranker: Ranker
 
 
 def wanted(log: Log, start_ms: int, end_ms: int) -> Log:
@@ -165,6 +179,7 @@ def train(
     trained = Trained()
     learned: dict[str, list[Examples]] = {name: [] for name in LEARNED}
     recall: dict[str, list[float]] = {name: [] for name in LEARNED}
+    shared: dict[str, list[str]] = {}
     rng = np.random.default_rng(seed)
     for number, cut in enumerate(plan.cuts_ms, 1):
         note = _prefixed(progress, f"window {number}/{len(plan.cuts_ms)}: ")
@@ -172,19 +187,22 @@ def train(
             fitted = fit(Path(folder), tables.items, whole, cut, seed, note, models=models)
             pipeline = Pipeline(seal(fitted.draft, "window"), torch.device("cpu"), BATCH)
             for name in LEARNED:
-                scene = fitted.draft.scenes[name]
+                # What one window lacks, such as a network for want of events, no ranker can learn to use.
+                given = [source.name for source in fitted.draft.scenes[name].sources]
+                shared[name] = [source for source in given if source in shared.get(name, given)]
+                scene = drawing_on(fitted.draft.scenes[name], shared[name])
                 until = int(cut + plan.label_days * MS_PER_DAY)
                 wanted_by = targets(log, fitted.items, cut, until, scene.repeats)
                 chosen = rng.permutation(sorted(wanted_by))[:most_users].tolist()
                 note(f"candidates for {name}, {len(chosen)} shoppers")
-                if chosen:
+                if chosen and scene.sources:
                     part, share = examples(
                         pipeline, scene, log, {user: wanted_by[user] for user in chosen}, fitted.items, cut
                     )
                     learned[name].append(part)
                     recall[name].append(share)
 
-    fitted_rankers: dict[str, Ranker] = {}
+    found: dict[str, Learned] = {}
     for name in LEARNED:
         trained.candidate_recall[name] = float(np.mean(recall[name])) if recall[name] else 0.0
         losses: list[tuple[float, float]] = []
@@ -193,34 +211,39 @@ def train(
             losses.append((train_loss, valid_loss))
             progress(f"ranker {name}, epoch {epoch}: loss {train_loss:.3f}, validation {valid_loss:.3f}")
 
-        if learned[name]:
+        if not learned[name]:
+            trained.missing.append(f"no ranker for {name}: nobody wanted anything in the training windows")
+        else:
             begun_ranker = time.monotonic()
             together = stack(learned[name])
             try:
-                fitted_rankers[name] = RANKERS[ranker](together, seed=seed, on_epoch=on_epoch)
-                trained.validation[name] = validated(fitted_rankers[name], together, seed)
+                fitted_ranker = RANKERS[ranker](together, seed=seed, on_epoch=on_epoch)
+                trained.validation[name] = validated(fitted_ranker, together, seed)
+                found[name] = Learned(weights.fit(together, shared[name], seed=seed), fitted_ranker)
             except ValueError as error:
-                progress(f"no ranker for {name}: {error}")
+                trained.missing.append(f"no ranker for {name}: {error}")
             trained.seconds[f"ranker {name}"] = round(time.monotonic() - begun_ranker, 1)
             trained.losses[f"ranker {name}"] = losses
     learned.clear()
-    for name, found in trained.validation.items():
-        if found["ndcg@20"] <= found["popularity"] and found["users"] >= ENOUGH:
+    for name, on in trained.validation.items():
+        if on["ndcg@20"] <= on["popularity"] and on["users"] >= ENOUGH:
             raise DataError(
-                f"what was learned for {name} ranks no better than popularity, NDCG@20 {found['ndcg@20']:.4f} against"
-                f" {found['popularity']:.4f} on {found['users']:.0f} users kept aside: nothing is published"
+                f"what was learned for {name} ranks no better than popularity, NDCG@20 {on['ndcg@20']:.4f} against"
+                f" {on['popularity']:.4f} on {on['users']:.0f} users kept aside: nothing is published"
             )
 
     def write(folder: Path, version: str) -> Bundle:
         fitted = fit(folder, tables.items, whole, end_ms, seed, _prefixed(progress, "final fit: "), models=models)
         trained.losses.update(fitted.losses)
         trained.seconds.update(fitted.seconds)
-        with_rankers(fitted.draft, fitted_rankers)
+        trained.missing.extend(f"no source of {name}: this history does not allow it" for name in fitted.silent)
+        trained.missing.extend(with_learned(fitted.draft, found))
         progress("recorded queries")
         _with_recorded(fitted, log, end_ms, seed)
         fitted.draft.metrics = {
             "candidate_recall": trained.candidate_recall,
             "validation": trained.validation,
+            "missing": trained.missing,
             "losses": trained.losses,
         }
         fitted.draft.provenance = {
@@ -259,13 +282,27 @@ def validated(ranker: Ranker, learned: Examples, seed: int) -> dict[str, float]:
     }
 
 
-def with_rankers(draft: Draft, rankers: Mapping[str, Ranker]) -> None:
-    """Makes each ranker that of the scene of its name."""
-    for name, ranker in rankers.items():
-        scene = draft.scenes[name]
-        features = feature_names([source.name for source in scene.sources], draft.statistics)
-        ranker.export(name, features, draft)
-        draft.scenes[name] = scene.model_copy(update={"fusion": "learned", "ranker": name})
+def drawing_on(scene: Scene, sources: Collection[str]) -> Scene:
+    """The scene with no other sources than these."""
+    return scene.model_copy(update={"sources": tuple(one for one in scene.sources if one.name in sources)})
+
+
+def with_learned(draft: Draft, learned: Mapping[str, Learned]) -> list[str]:
+    """Gives each scene the ranker and the weights of its name, and no source that these do not know.
+
+    Returns a line for each scene that must do without, for one of the sources is not in the draft.
+    """
+    missing = []
+    for name, of_scene in learned.items():
+        scene = drawing_on(draft.scenes[name], of_scene.weights)
+        names = [source.name for source in scene.sources]
+        if lost := of_scene.weights.keys() - set(names):
+            missing.append(f"no ranker for {name}: it learned with {', '.join(sorted(lost))}")
+            continue
+        of_scene.ranker.export(name, feature_names(names, draft.statistics), draft)
+        sources = tuple(one.model_copy(update={"weight": of_scene.weights[one.name]}) for one in scene.sources)
+        draft.scenes[name] = scene.model_copy(update={"sources": sources, "fusion": "learned", "ranker": name})
+    return missing
 
 
 def _with_recorded(fitted: Fitted, log: Log, now_ms: int, seed: int) -> None:

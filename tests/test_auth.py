@@ -22,6 +22,7 @@ REQUESTS = {
     Scope.EVENTS: ("POST", "/events", 400),
     Scope.USERS: ("PUT", "/users/u", 422),
     Scope.METRICS: ("GET", "/metrics", 200),
+    Scope.ADMIN: ("GET", "/admin/scenes", 200),
 }
 
 

@@ -7,6 +7,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.bundle import CURRENT, MANIFEST, Bundle, BundleError, activate, current, open_bundle, publish, versions
+from app.bundle import (
+    CURRENT,
+    MANIFEST,
+    Bundle,
+    BundleError,
+    activate,
+    change_scene,
+    current,
+    open_bundle,
+    publish,
+    scene_changes,
+    versions,
+)
 from app.engine.pipeline import Pipeline
 from app.engine.recorded import replay
+from app.scenes import SceneChange
 from tests.damage import INSIDE, ON_DISK, copy, damaged
 from tests.live import ROOT
 
@@ -221,3 +235,11 @@ def test_readers_never_see_half_of_what_two_writers_publish(tiny: Bundle, tmp_pa
     assert versions(tmp_path) == sorted(published)
     assert current(tmp_path) in published
     assert left(tmp_path) == {*published, CURRENT}
+
+
+def test_changes_of_many_at_once_are_all_kept(tmp_path: Path) -> None:
+    names = [f"scene {number}" for number in range(20)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda name: change_scene(tmp_path, name, SceneChange(fusion="voting")), names))
+    assert sorted(scene_changes(tmp_path)) == sorted(names)
+    assert versions(tmp_path) == []

@@ -257,9 +257,10 @@ def test_items_are_cleaned() -> None:
     assert findings(tables, "items") == {
         ("dropped", "no item_id", 1),
         ("dropped", "item_id comes again later", 1),
-        ("repaired", "price is no positive number: unknown", 2),
+        ("repaired", "price is no usable number: unknown", 2),
         ("repaired", "created_at is no time: unknown", 1),
-        ("repaired", "vector of another length or not finite: none", 2),
+        ("repaired", "vector not of width 2: none", 1),
+        ("repaired", "vector not finite: none", 1),
     }
     assert findings(tables) == {("noted", "item not in the items table", 1)}
 
@@ -359,6 +360,14 @@ def test_three_files(tmp_path: Path) -> None:
     assert tables.report.read == tables.report.kept == {"events": 1, "items": 1, "users": 1}
 
 
+def test_a_file_of_categories(tmp_path: Path) -> None:
+    (tmp_path / "e.csv").write_text("user,item,time\na,1,2024-05-01\n")
+    (tmp_path / "i.csv").write_text("item_id,categoryid\n1,8\n")
+    (tmp_path / "c.csv").write_text("categoryid,parentid\n8,7\n7,\n")
+    read = read_tables(tmp_path / "e.csv", tmp_path / "i.csv", now_ms=NOW_MS, categories=tmp_path / "c.csv")
+    assert read.items["category"].to_list() == ["7 > 8"]
+
+
 def test_canonical_files_come_back_unchanged(tmp_path: Path) -> None:
     items = pl.DataFrame(
         {"item_id": ["i"], "created_at": [AT_MS], "vector": [[0.5]], "color": ["red"], "size": [{"w": 1}]}
@@ -403,7 +412,7 @@ def test_unusable_file_is_one_clear_line(tmp_path: Path, name: str | None, conte
     [
         ("i.csv", "item_id,title\n", "i.csv: no rows"),
         ("i.csv", "title\nx\n", "i.csv: no column for item_id among title"),
-        ("i.csv", "item_id,vector\n1,round\n", "cannot be read"),
+        ("i.csv", "item_id,vector\n1,[1]\n2,round\n", "items: column vector: 'round' in row 2 is no list of numbers"),
         ("i.jsonl", '{"item_id": "1", "title": [{"en": "x"}]}\n', "cannot be read"),
     ],
 )
@@ -413,6 +422,165 @@ def test_unusable_items_are_one_clear_line(tmp_path: Path, name: str, content: s
     with pytest.raises(DataError, match=message) as raised:
         read_tables(tmp_path / "e.csv", tmp_path / name, now_ms=NOW_MS)
     assert "\n" not in str(raised.value)
+
+
+FIRST_ROWS: dict[str, tuple[dict[str, pl.DataFrame], str, str, int]] = {
+    "no id": ({"items": pl.DataFrame({"item_id": ["i", " "]})}, "items", "dropped: no item_id", 2),
+    "an id again": (
+        {"items": pl.DataFrame({"item_id": ["x", "i", "x", "x"]})},
+        "items",
+        "dropped: item_id comes again later",
+        1,
+    ),
+    "endless price": (
+        {"items": pl.DataFrame({"item_id": ["x", "i"], "price": [1.0, float("inf")]})},
+        "items",
+        "repaired: price is no usable number: unknown",
+        2,
+    ),
+    "price beyond float32": (
+        {"items": pl.DataFrame({"item_id": ["i"], "price": ["1e300"]})},
+        "items",
+        "repaired: price is no usable number: unknown",
+        1,
+    ),
+    "narrow vector": (
+        {"items": pl.DataFrame({"item_id": ["x", "y", "i"], "vector": ["[1,2]", "[1,2]", "[1]"]})},
+        "items",
+        "repaired: vector not of width 2: none",
+        3,
+    ),
+    "vector with a gap": (
+        {"items": pl.DataFrame({"item_id": ["x", "i"], "vector": [[1.0, 2.0], [1.0, None]]})},
+        "items",
+        "repaired: vector not finite: none",
+        2,
+    ),
+    "vector beyond float32": (
+        {"items": pl.DataFrame({"item_id": ["x", "i"], "vector": [[1.0, 2.0], [1e300, 1.0]]})},
+        "items",
+        "repaired: vector not finite: none",
+        2,
+    ),
+    "category nobody knows": (
+        {
+            "items": pl.DataFrame({"item_id": ["x", "i"], "category": ["a", "b"]}),
+            "categories": pl.DataFrame({"category_id": ["a"], "parent_id": ["z"]}),
+        },
+        "items",
+        "noted: category not in the categories table, kept",
+        2,
+    ),
+    "nobody": ({"users": pl.DataFrame({"user_id": ["u", None]})}, "users", "dropped: no user_id", 2),
+}
+
+
+@pytest.mark.parametrize("name", FIRST_ROWS)
+def test_first_row_that_is_odd_is_named(name: str) -> None:
+    given, table, line, row = FIRST_ROWS[name]
+    tables = clean({}, **given)
+    assert f"{line}, first in row {row}" in [found.line() for found in tables.report.findings if found.table == table]
+
+
+@pytest.mark.parametrize(
+    ("row", "line"),
+    [
+        ({"user_id": None}, "dropped: no user, first in row 3"),
+        ({"quantity": float("inf")}, "repaired: quantity is no positive number: 1, first in row 3"),
+        ({"value": float("inf")}, "repaired: value is no usable number: unknown, first in row 3"),
+        ({"value": 1e12}, "repaired: value is no usable number: unknown, first in row 3"),
+        ({"type": "zap"}, "noted: unknown type, kept, first in row 3"),
+    ],
+)
+def test_first_event_that_is_odd_is_named(row: dict[str, object], line: str) -> None:
+    good = {"type": "view", "value": 1.0, "quantity": 1.0}
+    tables = clean({**good, "item_id": "a"}, {**good, "value": float("nan")}, {**good, "item_id": "c", **row})
+    assert [found.line() for found in tables.report.findings] == [line]
+
+
+REFUSED: dict[str, tuple[dict[str, pl.DataFrame], str]] = {
+    "items of another shop": (
+        {"items": pl.DataFrame({"item_id": ["SKU-i"]})},
+        "events: column item_id: none of 1 rows is in items; it is 'i' here, 'SKU-i' there",
+    ),
+    "users of another shop": (
+        {"users": pl.DataFrame({"user_id": ["U1", "U2"]})},
+        "users: column user_id: none of 2 rows is in events; it is 'U1' here, 'u' there",
+    ),
+    "items without ids": (
+        {"items": pl.DataFrame({"item_id": [None, " "]})},
+        "items: column item_id: empty in all 2 rows",
+    ),
+    "vectors of two widths": (
+        {"items": pl.DataFrame({"item_id": ["x", "i", "y"], "vector": [[1.0, 2.0], [], [1.0]]})},
+        "items: column vector: 1 of width 2, as in row 1, and 1 of width 1, as in row 3",
+    ),
+    "numbers for vectors": (
+        {"items": pl.DataFrame({"item_id": ["i"], "vector": [1.5]})},
+        "items: column vector: 1.5 in row 1 is no list of numbers",
+    ),
+    "words for vectors": (
+        {"items": pl.DataFrame({"item_id": ["i"], "vector": [["a"]]})},
+        "items: column vector: ['a'] in row 1 is no list of numbers",
+    ),
+    "a category above itself": (
+        {"items": pl.DataFrame({"item_id": ["i"], "category": ["b"]})}
+        | {"categories": pl.DataFrame({"category_id": ["a", "b", "c", "d"], "parent_id": [None, "d", "b", "c"]})},
+        "categories: column parent_id: a cycle, b > c > d > b, from row 2 on",
+    ),
+    "a category its own parent": (
+        {"items": pl.DataFrame({"item_id": ["i"], "category": ["b"]})}
+        | {"categories": pl.DataFrame({"category_id": [1, 2], "parent_id": [None, 2]})},
+        "categories: column parent_id: a cycle, 2 > 2, from row 2 on",
+    ),
+    "a category with two parents": (
+        {"items": pl.DataFrame({"item_id": ["i"], "category": ["b"]})}
+        | {"categories": pl.DataFrame({"category_id": ["a", "b", "b"], "parent_id": [None, "a", "c"]})},
+        "categories: column parent_id: 'c' in row 3 for 'b', which row 2 puts below 'a'",
+    ),
+    "a category without a name": (
+        {"items": pl.DataFrame({"item_id": ["i"], "category": ["b"]})}
+        | {"categories": pl.DataFrame({"category_id": ["a", ""], "parent_id": [None, "a"]})},
+        "categories: column category_id: empty in row 2",
+    ),
+    "categories of another shop": (
+        {"items": pl.DataFrame({"item_id": ["i"], "category": ["b"]})}
+        | {"categories": pl.DataFrame({"category_id": ["a"], "parent_id": ["c"]})},
+        "items: column category: none is in categories",
+    ),
+    "categories for items without": (
+        {"items": pl.DataFrame({"item_id": ["i"]})}
+        | {"categories": pl.DataFrame({"category_id": ["a"], "parent_id": ["c"]})},
+        "items: no column category, for which there are categories",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_no_table_names_column_and_row(name: str) -> None:
+    given, says = REFUSED[name]
+    with pytest.raises(DataError) as raised:
+        clean({}, **given)
+    assert str(raised.value) == says
+
+
+def test_categories_become_paths() -> None:
+    items = pl.DataFrame({"item_id": ["i", "j", "k", "l"], "category": [3, 1, None, 9]})
+    categories = pl.DataFrame({"category_id": [3, 2, 1], "parent_id": [2, 1, None]})
+    tables = clean({}, items=items, categories=categories)
+    assert tables.items["category"].to_list() == ["1 > 2 > 3", "1", None, "9"]
+
+
+def test_empty_vector_is_none() -> None:
+    items = pl.DataFrame({"item_id": ["i", "j", "k"], "vector": [[], [], [1.0, 2.0]]})
+    tables = clean({}, items=items)
+    assert tables.items["vector"].to_list() == [None, None, [1.0, 2.0]]
+    assert not findings(tables, "items")
+
+
+def test_attributes_are_json_that_anybody_reads() -> None:
+    items = pl.DataFrame({"item_id": ["i"], "attributes": ['{"a": [NaN, 1], "b": NaN, "c": "NaN"}']})
+    assert clean({}, items=items).items["attributes"].to_list() == ['{"a": [null, 1], "c": "NaN"}']
 
 
 @pytest.mark.parametrize("columns", [{"user_id": "nobody"}, {"shopper": "user"}])

@@ -16,9 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
-from app.bundle import CURRENT, Bundle, BundleError, activate, publish
+from app.bundle import CURRENT, SCENES, Bundle, BundleError, activate, change_scene, publish
 from app.engine import Query, Slate, UnknownScene
 from app.engine.local import LocalEngine, Timing
+from app.scenes import SceneChange
 from app.state.events import EventType, records
 from app.state.store import Entry, Store, subject
 from tests.damage import INSIDE, ON_DISK, copy, damaged, manifest
@@ -115,7 +116,7 @@ def test_an_unknown_scene_is_the_fault_of_one_query_only(root: Path, valkey_url:
             assert isinstance(one, Slate) and isinstance(three, Slate)
             assert (one.request_id, three.request_id) == ("1", "3")
             assert isinstance(two, UnknownScene)
-            assert two.known == engine.scenes
+            assert two.known == tuple(engine.scenes)
 
     asyncio.run(run())
 
@@ -341,5 +342,59 @@ def test_the_clock_is_the_one_it_was_given(root: Path, valkey_url: str) -> None:
                 slate = await engine.recommend(Query("q", user="ann", scene="buy_again"))
                 scores.append(next(item.score for item in slate.items if item.item_id == "b7"))
         assert scores[0] > scores[1]
+
+    asyncio.run(run())
+
+
+def scene_of(root: Path, **fields: object) -> None:
+    change_scene(root, "home", SceneChange.model_validate(fields))
+
+
+def test_a_changed_scene_outlives_bundles_and_restarts(
+    root: Path, tiny: Bundle, tiny_z: Bundle, valkey_url: str
+) -> None:
+    only_popular = {name: {"k": 1, "weight": 0} for name in ("history", "item_cf", "towers")}
+
+    async def run() -> None:
+        async with serving(root, valkey_url) as engine:
+            bundled = ids(await engine.recommend(Query("q")))
+            learned = engine.bundled_scenes["home"]
+            scene_of(root, fusion="cascade", sources={"popular": {"k": 40}})
+            await until(lambda: engine.scenes["home"].fusion == "cascade")
+            scene_of(root, fusion="weighted", sources=only_popular)
+            await until(lambda: engine.scenes["home"].fusion == "weighted")
+            assert engine.scenes["home"].sources[3] == learned.sources[3]
+            popular = ids(await engine.recommend(Query("q")))
+            assert popular[:4] == ["a0", "b0", "a1", "b1"] != bundled[:4]
+            assert ids(await engine.recommend(Query("q", scene="buy_again"))) == bundled
+
+            other = publish_copy(root, tiny_z)
+            await until(partial(serves, engine, other.version))
+            assert engine.scenes["home"].fusion == "weighted"
+            assert ids(await engine.recommend(Query("q")))[:2] == ["za0", "zb0"]
+        async with serving(root, valkey_url) as engine:
+            assert ids(await engine.recommend(Query("q")))[:2] == ["za0", "zb0"]
+            change_scene(root, "home", None)
+            await until(lambda: engine.scenes == engine.bundled_scenes)
+
+    asyncio.run(run())
+
+
+def test_a_change_that_cannot_be_leaves_the_scene_as_it_is(root: Path, valkey_url: str) -> None:
+    async def run() -> None:
+        async with serving(root, valkey_url) as engine:
+            with capture_logs() as logs:
+                change_scene(root, "detail", SceneChange(fusion="learned"))
+                change_scene(root, "attic", SceneChange(fusion="voting"))
+                scene_of(root, fusion="voting")
+                await until(lambda: engine.scenes["home"].fusion == "voting")
+                assert engine.scenes["detail"] == engine.bundled_scenes["detail"]
+                (root / SCENES).write_text("{")
+                await until(lambda: any(line["event"] == "scene changes refused" for line in logs))
+                await asyncio.sleep(5 * POLL_S)
+            assert engine.scenes["home"].fusion == "voting"
+            assert sum(line["event"] == "scene changes refused" for line in logs) == 1
+            assert {line["scene"] for line in logs if line["event"] == "scene change refused"} == {"detail"}
+            assert (await engine.recommend(Query("q"))).degraded == ()
 
     asyncio.run(run())

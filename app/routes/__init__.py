@@ -1,6 +1,6 @@
 """What every route builds on."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Protocol, TypedDict, cast
 
 from fastapi.routing import APIRoute
@@ -10,6 +10,7 @@ from starlette.types import Receive, Scope, Send
 
 from app.engine import Engine
 from app.impressions import Impressions
+from app.scenes import Scene
 from app.settings import Settings
 from app.state.spool import Spool
 from app.state.store import Store
@@ -25,7 +26,14 @@ class ServedEngine(Engine, Protocol):
         ...
 
     @property
-    def scenes(self) -> tuple[str, ...]: ...
+    def scenes(self) -> Mapping[str, Scene]:
+        """As they are served."""
+        ...
+
+    @property
+    def bundled_scenes(self) -> Mapping[str, Scene]:
+        """As they came with the bundle."""
+        ...
 
 
 class State(TypedDict):

@@ -9,6 +9,7 @@ from pathlib import Path
 import polars as pl
 from narwhals.exceptions import NarwhalsError
 
+from models.data.categories import TREE
 from models.data.cleaning import canonical
 from models.data.tables import DataError, Finding, Tables
 
@@ -35,9 +36,9 @@ _USER_NAMES = {
     "user_id": "userid user id customerid customer visitorid visitor shopperid shopper memberid uid reviewerid",
     "attributes": "attributes",
 }
+_TREE_NAMES = {"category_id": "categoryid category id", "parent_id": "parentid parent parentcategory"}
 
-
-_KNOWN = sorted({*_EVENT_NAMES, *_ITEM_NAMES, *_USER_NAMES})
+_KNOWN = sorted({*_EVENT_NAMES, *_ITEM_NAMES, *_USER_NAMES, *_TREE_NAMES})
 
 
 def read_tables(
@@ -46,18 +47,20 @@ def read_tables(
     users: Path | None = None,
     columns: Mapping[str, str] | None = None,
     now_ms: int | None = None,
+    categories: Path | None = None,
 ) -> Tables:
     """Tables from CSV, JSON-lines (either also .gz) or Parquet files.
 
     `columns` maps canonical names to the files' own, where those are not recognised by themselves;
-    `now_ms` (default: the clock) is the latest that an event can have happened. Without a type
+    `now_ms` (default: the clock) is the latest that an event can have happened. `categories` has the parent of each
+    category that items name, where they do not name whole paths. Without a type
     column events are ratings, purchases or views, by whether there is a rating or a quantity.
     Raises `DataError` where a file cannot be read or lacks a column that must be there.
     """
     columns = dict(columns or {})
     if unknown := columns.keys() - set(_KNOWN):
         raise DataError(f"no canonical column {', '.join(sorted(unknown))}; there are {', '.join(_KNOWN)}")
-    paths = [path for path in (events, items, users) if path is not None]
+    paths = [path for path in (events, items, users, categories) if path is not None]
     everything = {name for path in paths for name in _columns(path)}
     if absent := set(columns.values()) - everything:
         raise DataError(f"{', '.join(map(str, paths))}: no column {', '.join(sorted(absent))}")
@@ -75,6 +78,7 @@ def read_tables(
             history,
             None if items is None else _renamed(items, _ITEM_NAMES, columns, "item_id"),
             None if users is None else _renamed(users, _USER_NAMES, columns, "user_id"),
+            None if categories is None else _renamed(categories, _TREE_NAMES, columns, *TREE),
             source=str(events),
             now_ms=round(time.time() * 1000) if now_ms is None else now_ms,
         )
@@ -185,8 +189,8 @@ def _named(path: Path, names: Mapping[str, str], columns: Mapping[str, str], nee
     return found
 
 
-def _renamed(path: Path, names: Mapping[str, str], columns: Mapping[str, str], key: str) -> pl.DataFrame:
-    found = _named(path, names, columns, (key,))
+def _renamed(path: Path, names: Mapping[str, str], columns: Mapping[str, str], *keys: str) -> pl.DataFrame:
+    found = _named(path, names, columns, keys)
     table = _collect(path, _scan(path).rename({column: name for name, column in found.items()}))
     if table.is_empty():
         raise DataError(f"{path}: no rows")

@@ -1,7 +1,7 @@
 """The canonical form of a shop's history."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 import polars as pl
@@ -45,6 +45,12 @@ class Finding:
     effect: Effect
     reason: str
     rows: int
+    first: int | None = field(default=None, compare=False)
+    """The first of these rows, counted from 1 below any header; None where rows have no order."""
+
+    def line(self) -> str:
+        first = "" if self.first is None else f", first in row {self.first:,}"
+        return f"{self.effect}: {self.reason}{first}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +77,7 @@ class Report:
             )
             for found in self.findings:
                 if found.table == name:
-                    table.add_row("", f"{found.rows:,}", f"{found.effect}: {found.reason}")
+                    table.add_row("", f"{found.rows:,}", found.line())
             table.add_row("", f"{kept:,}", "kept", style="bold")
         return table
 

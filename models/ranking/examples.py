@@ -36,18 +36,21 @@ class Split:
 
 
 def stack(parts: Sequence[Examples]) -> Examples:
-    """Several windows as one, their queries renumbered; clicks count only where every window has them."""
-    queries, offset = [], 0
+    """Several windows as one, their queries renumbered; clicks and columns count only where every window has them."""
+    names = tuple(name for name in parts[0].names if all(name in part.names for part in parts))
+    queries, features, offset = [], [], 0
     for part in parts:
+        kept = [part.names.index(name) for name in names]
+        features.append(part.features if names == part.names else part.features[:, kept])
         queries.append(part.query + offset)
         offset += int(part.query.max()) + 1 if len(part.query) else 0
     clicked = [part.clicked for part in parts if part.clicked is not None]
     return Examples(
-        torch.cat([part.features for part in parts]),
+        torch.cat(features),
         torch.cat(queries),
         torch.cat([part.label for part in parts]),
         torch.cat(clicked) if len(clicked) == len(parts) else None,
-        parts[0].names,
+        names,
     )
 
 

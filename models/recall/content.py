@@ -207,6 +207,7 @@ def _vectors(items: pl.DataFrame) -> Floats | None:
     vectors = np.zeros((len(items), width), np.float32)
     given = column.is_not_null().to_numpy()
     vectors[given] = np.array(column.drop_nulls().to_list(), np.float32)
-    length = np.linalg.norm(vectors, axis=1, keepdims=True)
+    # The squares of what float32 can hold, it cannot.
+    length = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
     np.divide(vectors, length, out=vectors, where=length > 0)
     return vectors

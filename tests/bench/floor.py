@@ -8,6 +8,7 @@ reads a parameter, a state or a model, and both are matched first.
 """
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import orjson
@@ -20,6 +21,7 @@ from app.engine import Query, Slate, SlateItem
 from app.main import create_app
 from app.routes import DirectRoute
 from app.routes.recommend import render
+from app.scenes import Scene
 from app.schemas import Recommendation
 from app.settings import Settings
 
@@ -28,7 +30,8 @@ class Constant:
     """An engine with one answer."""
 
     ready = True
-    scenes = ("home",)
+    scenes: Mapping[str, Scene] = {}
+    bundled_scenes = scenes
 
     def __init__(self, slate: Slate) -> None:
         self.slate = slate

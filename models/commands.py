@@ -4,9 +4,10 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import faiss
 import torch
@@ -21,6 +22,7 @@ from models.evaluate import HEADLINE, judge
 from models.evaluate import result as result_of
 from models.metrics import markdown
 from models.ranking import RANKERS
+from models.recall.training import Board, Run
 from models.result import sheets
 from models.sources import MODELS, STANDARD, Progress
 from models.train import Trained
@@ -41,6 +43,9 @@ LabelDays = Annotated[
 Models = Annotated[str, typer.Option(help=f"Models to draw on, separated by commas, of {', '.join(MODELS)}.")]
 STANDARD_MODELS = ",".join(STANDARD)
 Ranker = Annotated[str, typer.Option(help=f"How candidates are ranked: {', '.join(RANKERS)}.")]
+Device = Annotated[
+    Literal["auto", "cpu", "cuda"], typer.Option(help="Where networks are learned; auto is the GPU if there is one.")
+]
 
 console = Console(stderr=True)
 
@@ -112,6 +117,29 @@ def single_threaded() -> None:
     faiss.omp_set_num_threads(1)
 
 
+def device_of(device: str) -> str:
+    there = torch.cuda.is_available()
+    if device == "cuda" and not there:
+        raise DataError("--device cuda: torch finds no GPU here")
+    return "cuda" if there and device != "cpu" else "cpu"
+
+
+@contextmanager
+def running(checkpoints: Path | None, resume: bool, tensorboard: Path | None, device: str) -> Iterator[Run]:
+    """What the command line says of where networks are learned and what is kept of them."""
+    run = Run(device_of(device), checkpoints)
+    if resume and checkpoints is None:
+        raise DataError("--resume goes on from the folder of --checkpoints, and none is named")
+    if run.standing() and not resume:
+        raise DataError(f"{checkpoints} holds checkpoints: go on from them with --resume, or remove them")
+    board = None if tensorboard is None else Board(tensorboard)
+    try:
+        yield replace(run, board=board)
+    finally:
+        if board is not None:
+            board.close()
+
+
 def report(bundle: Bundle, trained: Trained) -> None:
     spent = ", ".join(f"{name} {seconds} s" for name, seconds in trained.seconds.items())
     console.print(f"seconds: {spent}", markup=False, highlight=False)
@@ -132,13 +160,19 @@ def train(
     models: Models = STANDARD_MODELS,
     ranker: Ranker = "mlp",
     seed: Seed = 0,
+    device: Device = "auto",
+    checkpoints: Annotated[
+        Path | None, typer.Option(help="Keep how far each network is here after every epoch, until the bundle is out.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoints that stand there.")] = False,
+    tensorboard: Annotated[Path | None, typer.Option(help="Write losses and seconds here, for TensorBoard.")] = None,
 ) -> None:
     """Train on a shop's history, publish the bundle and make it the one to serve; prints its version."""
     single_threaded()
     with one_line_errors():
         names = chosen(models, ranker)
         tables = tables_of(events, items, users, retail, column)
-        with progress() as shown:
+        with progress() as shown, running(checkpoints, resume, tensorboard, device) as run:
             bundle, trained = trained_on(
                 tables,
                 bundles or Settings().bundles,
@@ -148,6 +182,7 @@ def train(
                 models=names,
                 ranker=ranker,
                 progress=shown,
+                run=run,
             )
         report(bundle, trained)
 
@@ -168,6 +203,7 @@ def evaluate(
     models: Models = STANDARD_MODELS,
     ranker: Ranker = "mlp",
     seed: Seed = 0,
+    device: Device = "auto",
     out: Annotated[Path | None, typer.Option(help="Write all that was found here, for `millirec report`.")] = None,
 ) -> None:
     """Judge every source, every fusion mode and the whole pipeline through the engine, beside implicit's models."""
@@ -191,6 +227,7 @@ def evaluate(
                     ranker=ranker,
                     cut_ms=cut_ms,
                     progress=shown,
+                    run=Run(device_of(device)),
                 )
                 report(bundle, trained)
             views = judge(bundle, tables, cut_ms, days, shown, seed)

@@ -44,6 +44,7 @@ from models.recall import (
     two_tower,
 )
 from models.recall.index import build_index
+from models.recall.training import Run
 
 WINDOW = 256
 """Events of a user that models and features see."""
@@ -129,6 +130,7 @@ class Past:
     note: Progress
     losses: dict[str, list[tuple[float, float]]]
     """Filled by the models that are learned in epochs."""
+    run: Run
 
 
 def fit(
@@ -141,6 +143,7 @@ def fit(
     *,
     models: Sequence[str] | None = None,
     width: Width = Width(),
+    run: Run = Run(),
 ) -> Fitted:
     """Writes catalog and sources, fitted on the events before `cut_ms`, into `folder`.
 
@@ -166,12 +169,13 @@ def fit(
     if not STRENGTH[before.kind].any():
         raise DataError("no event before the first cut says what anybody wants: there is nothing to learn from")
     seconds: dict[str, float] = {}
-    given = Past(before, cut_ms, items, tensors["category"].numpy(), past.profiles, width, seed, progress, {})
+    given = Past(before, cut_ms, items, tensors["category"].numpy(), past.profiles, width, seed, progress, {}, run)
     for name in STANDARD if models is None else models:
         progress(name)
         begun = time.monotonic()
         MODELS[name](draft, given)
         seconds[name] = round(time.monotonic() - begun, 1)
+        run.of(name).scalar("seconds", 0, seconds[name])
     draft.scenes = scenes([source.name for source in draft.sources])
     return Fitted(draft, items, given.losses, seconds)
 
@@ -241,21 +245,19 @@ def _two_tower(draft: Draft, past: Past) -> None:
             features=content.features(past.items.frame),
             profiles=past.profiles,
             seed=past.seed,
-            on_epoch=_noted(past, "two_tower"),
+            run=_noted(past, "two_tower"),
         )
         _vectors(draft, "two_tower", towers, past.seed)
 
 
 def _sasrec(draft: Draft, past: Past) -> None:
     if len(past.events.user) >= TOWERS_FROM:
-        _vectors(draft, "sasrec", sasrec.fit(past.events, seed=past.seed, on_epoch=_noted(past, "sasrec")), past.seed)
+        _vectors(draft, "sasrec", sasrec.fit(past.events, seed=past.seed, run=_noted(past, "sasrec")), past.seed)
 
 
 def _gru4rec(draft: Draft, past: Past) -> None:
     if len(past.events.user) >= TOWERS_FROM:
-        _vectors(
-            draft, "gru4rec", gru4rec.fit(past.events, seed=past.seed, on_epoch=_noted(past, "gru4rec")), past.seed
-        )
+        _vectors(draft, "gru4rec", gru4rec.fit(past.events, seed=past.seed, run=_noted(past, "gru4rec")), past.seed)
 
 
 def _spectral(draft: Draft, past: Past) -> None:
@@ -371,14 +373,14 @@ def _anchors(half_life_days: float, limit: int, half_life_events: float | None =
     return Anchors(weights=INTEREST, half_life_days=half_life_days, half_life_events=half_life_events, limit=limit)
 
 
-def _noted(past: Past, name: str) -> Callable[[int, float, float], None]:
+def _noted(past: Past, name: str) -> Run:
     losses = past.losses.setdefault(name, [])
 
     def on_epoch(epoch: int, train: float, valid: float) -> None:
         losses.append((float(train), float(valid)))
         past.note(f"{name}, epoch {epoch}: loss {train:.3f}, validation {valid:.3f}")
 
-    return on_epoch
+    return past.run.of(name, on_epoch)
 
 
 def _neighbours(draft: Draft, name: str, table: Neighbours, anchors: Anchors) -> None:

@@ -20,6 +20,7 @@ from app.scenes import Scene, SceneSource
 from app.state.events import EventType, UserState
 from models.recall import STRENGTH, Interactions, Vectors, gru4rec, sasrec, sequences
 from models.recall.sequences import Stretches
+from models.recall.training import Run
 from models.sources import _vectors
 from tests import damage
 from tests.sequences import DAY_MS, HISTORY, ITEMS, bought, circle, inputs, scores, small_steps
@@ -109,7 +110,8 @@ def test_a_seed_gives_the_same_network_and_the_same_report(model: ModuleType, mo
     monkeypatch.setattr(model, "EPOCHS", 3)
     past, seen = circle(60), []
     once, again, other = (
-        model.fit(past, history=HISTORY, seed=seed, on_epoch=lambda *epoch: seen.append(epoch)) for seed in (0, 0, 1)
+        model.fit(past, history=HISTORY, seed=seed, run=Run(on_epoch=lambda *epoch: seen.append(epoch)))
+        for seed in (0, 0, 1)
     )
     np.testing.assert_array_equal(once.items, again.items)
     for name, value in once.encoder.state_dict().items():

@@ -6,9 +6,9 @@ targets and uniformly drawn items (mixed negatives; Yang et al., WWW 2020), ever
 how often it is sampled (Bengio & Senécal, 2008), of unit vectors over a small temperature.
 """
 
-import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from app.state.events import FOLDED
 from models.recall import STRENGTH, Interactions, Vectors
+from models.recall.training import Checkpoint, Losses, Run, train
 
 TEMPERATURE = 0.07
 START = 0.02
@@ -94,9 +95,21 @@ class Stretches:
         parts = np.split(chosen[order], np.flatnonzero(np.diff(batch)) + 1)
         return [parts[index] for index in rng.permutation(len(parts))]
 
-    def forever(self, chosen: Longs, rng: np.random.Generator) -> Iterator[Longs]:
+    def forever(self, chosen: Longs, rng: np.random.Generator, position: dict[str, Any]) -> Iterator[Longs]:
+        """One pass after the other. `position` says where; given to another call, that one goes on there."""
         while True:
-            yield from self.batches(chosen, rng)
+            now = rng.bit_generator.state
+            if position:
+                rng.bit_generator.state = position["begun"]
+            else:
+                position.update(begun=now, taken=0)
+            batches = self.batches(chosen, rng)
+            if position["taken"]:
+                rng.bit_generator.state = now
+            for batch in batches[position["taken"] :]:
+                position["taken"] += 1
+                yield batch
+            position.clear()
 
     def targeted(self, chosen: Longs) -> Tensor:
         """float32 [n]: the share of each item among the targets of `chosen`."""
@@ -117,8 +130,7 @@ def fit(
     epochs: int,
     history: int,
     seed: int,
-    device: str,
-    on_epoch: Callable[[int, float, float], None],
+    run: Run,
 ) -> Vectors:
     """Trains the encoder that `make` gives, and unit vectors of the items with it, until it foresees the next items
     of held-out users no better, and keeps the best epoch. Validation losses are over the whole catalog.
@@ -129,12 +141,18 @@ def fit(
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     # The service keeps no other events, so the encoder must not learn from them either.
-    stretches = Stretches(past.where(np.isin(past.kind, list(FOLDED))), history)
-    encoder = make().to(device)
+    past = past.where(np.isin(past.kind, list(FOLDED)))
+    checkpoint = run.checkpoint(
+        past[:4], items=past.n_items, rate=learning_rate, epochs=epochs, history=history, width=width, seed=seed
+    )
+    stretches = Stretches(past, history)
+    encoder = make().to(run.device)
     # Sparse gradients: a step costs what its items cost, not what the catalog does.
-    table = nn.Embedding(past.n_items, width, sparse=True, device=device)
+    table = nn.Embedding(past.n_items, width, sparse=True, device=run.device)
     nn.init.normal_(table.weight, std=START)
-    losses = _train(encoder, table, stretches, learning_rate, epochs, rng, on_epoch) if len(stretches.user) else ()
+    losses: Losses = ()
+    if len(stretches.user):
+        losses = _train(encoder, table, stretches, learning_rate, epochs, rng, run, checkpoint)
     items = F.normalize(table.weight.detach(), dim=1).cpu().numpy()
     return Vectors(items, encoder.cpu().eval(), history, losses=losses)
 
@@ -146,16 +164,17 @@ def _train(
     learning_rate: float,
     epochs: int,
     rng: np.random.Generator,
-    on_epoch: Callable[[int, float, float], None],
-) -> tuple[tuple[float, float], ...]:
+    run: Run,
+    checkpoint: Checkpoint | None,
+) -> Losses:
     people = rng.permutation(np.unique(stretches.user))
     held = np.isin(stretches.user, people[: int(HELD_OUT * len(people))])
-    train = np.flatnonzero(~held)
-    valid = rng.permutation(np.flatnonzero(held) if held.any() else train)
+    teach = np.flatnonzero(~held)
+    valid = rng.permutation(np.flatnonzero(held) if held.any() else teach)
     of_valid = np.cumsum((stretches.end - stretches.start)[valid])
     validation = stretches.batches(valid[: max(1, int((of_valid <= VALIDATED).sum()))], rng)
     device, n_items = table.weight.device, len(table.weight)
-    targeted = stretches.targeted(train).to(device)
+    targeted = stretches.targeted(teach).to(device)
 
     def read(chosen: Longs) -> Batch:
         rows, kinds, ages_s, weight = stretches.read(chosen)
@@ -172,8 +191,7 @@ def _train(
         states = encoder.states(F.embedding(of_rows[:, :-1], vectors), kinds[:, :-1], ages_s[:, :-1])[wanted]
         target, weight = of_rows[:, 1:][wanted], weight[wanted]
         sampled, times = torch.unique(torch.cat([target, of_drawn]), return_counts=True)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            logit = states @ F.embedding(sampled, vectors).T
+        logit = states @ F.embedding(sampled, vectors).T
         expected = len(target) * targeted[distinct[sampled]] + UNIFORM / n_items
         place = torch.searchsorted(sampled, target)[:, None]
         logit = (logit + torch.log(times / expected)).scatter(1, place, logit.float().gather(1, place))
@@ -203,34 +221,25 @@ def _train(
         torch.optim.Adam(encoder.parameters(), lr=learning_rate, fused=True),
         torch.optim.SparseAdam(table.parameters(), lr=learning_rate),
     )
-    losses: list[tuple[float, float]] = []
-    training = stretches.forever(train, rng)
-    steps = min(max(len(stretches.batches(train, rng)), FEWEST_STEPS), MOST_STEPS)
-    best, waited = 0.0, 0
-    kept = copy.deepcopy((encoder.state_dict(), table.state_dict()))
-    for epoch in range(epochs):
+    position: dict[str, Any] = {}
+    passes = stretches.forever(teach, rng, position)
+    steps = min(max(len(stretches.batches(teach, rng)), FEWEST_STEPS), MOST_STEPS)
+
+    def batches(epoch: int) -> Iterable[Longs]:
         for optimiser in optimisers:
             optimiser.param_groups[0]["lr"] = learning_rate * (1.0 - epoch / epochs)
-        taught = []
-        encoder.train()
-        for chosen in islice(training, steps):
-            value = loss(chosen)
-            for optimiser in optimisers:
-                optimiser.zero_grad()
-            value.backward()  # type: ignore[no-untyped-call]
-            for optimiser in optimisers:
-                optimiser.step()
-            taught.append(value.item())
-        encoder.eval()
-        with torch.no_grad():
-            tested, quality = validate()
-        losses.append((float(np.mean(taught)), tested))
-        on_epoch(epoch, *losses[-1])
-        if quality > best:
-            best, waited = quality, 0
-            kept = copy.deepcopy((encoder.state_dict(), table.state_dict()))
-        elif (waited := waited + 1) >= PATIENCE:
-            break
-    encoder.load_state_dict(kept[0])
-    table.load_state_dict(kept[1])
-    return tuple(losses)
+        return islice(passes, steps)
+
+    return train(
+        nn.ModuleList([encoder, table]),
+        optimisers,
+        batches,
+        loss,
+        validate,
+        rng,
+        epochs=epochs,
+        patience=PATIENCE,
+        run=run,
+        checkpoint=checkpoint,
+        position=position,
+    )

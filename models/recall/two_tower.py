@@ -11,9 +11,8 @@ log(popularity among targets / popularity now), so that the score alone carries 
 (prior shift; Saerens et al., 2002).
 """
 
-import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +25,7 @@ from app.engine.batch import PROFILE_BUCKETS, profile_codes
 from app.state.events import FOLDED, MS_PER_DAY
 from models.recall import STRENGTH, Interactions, Vectors
 from models.recall.item_cf import user_items
+from models.recall.training import Checkpoint, Losses, Run, train
 
 WIDTH = 64
 HEADS = 4
@@ -105,13 +105,13 @@ class ItemTower(nn.Module):
         # Sparse gradients: a step costs what its items cost, not what the catalog does.
         self.id = nn.Embedding.from_pretrained(start, freeze=False, sparse=True)  # type: ignore[no-untyped-call]
         self.content = nn.Sequential(nn.Linear(features.shape[1], HIDDEN), nn.GELU(), nn.Linear(HIDDEN, WIDTH))
-        self.features = features
-        self.known = known
+        self.features = nn.Buffer(features, persistent=False)
+        self.known = nn.Buffer(known, persistent=False)
 
     def forward(self, rows: Tensor, dropout: float = 0.0) -> Tensor:
         known = self.known[rows]
         if dropout:
-            known = known * (torch.rand(len(rows)) >= dropout)
+            known = known * (torch.rand(len(rows), device=rows.device) >= dropout)
         return F.normalize(self.id(rows) * known[:, None] + self.content(self.features[rows]), dim=1)
 
 
@@ -175,7 +175,7 @@ def fit(
     history: int = 64,
     profile: int = 8,
     seed: int = 0,
-    on_epoch: Callable[[int, float, float], None] = lambda epoch, train, valid: None,
+    run: Run = Run(),
 ) -> Vectors:
     """Trains until the loss on held-out users stops falling, and keeps the best epoch.
 
@@ -187,6 +187,10 @@ def fit(
     n_items = past.n_items
     # The service keeps no other events, so the encoder must not learn from them either.
     past = past.where(np.isin(past.kind, list(FOLDED)))
+    codes = torch.tensor([profile_codes(attributes, profile) for attributes in profiles])
+    checkpoint = run.checkpoint(
+        (*past[:4], features, codes.numpy()), items=n_items, history=history, profile=profile, seed=seed
+    )
     moments = _Moments(past, history)
     held = np.zeros(len(profiles), bool)
     people = rng.permutation(np.unique(moments.user))
@@ -195,14 +199,15 @@ def fit(
     # The start must not know the held-out users, or validation would find it better than it is.
     start = _spectral(past.where(~held[past.user]), rng)
     known = torch.from_numpy((np.bincount(past.row, minlength=n_items) >= FEWEST).astype(np.float32))
-    items, users = ItemTower(torch.from_numpy(start), torch.from_numpy(features), known), UserTower()
-    losses: list[tuple[float, float]] = []
+    items = ItemTower(torch.from_numpy(start), torch.from_numpy(features), known).to(run.device)
+    users = UserTower().to(run.device)
+    losses: Losses = ()
     if len(moments.at):
-        codes = torch.tensor([profile_codes(attributes, profile) for attributes in profiles])
-        _train(items, users, moments, held, codes, _now(past), rng, losses, on_epoch)
+        losses = _train(items, users, moments, held, codes, _now(past), rng, run, checkpoint)
     with torch.inference_mode():
-        vectors = torch.cat([items(rows) for rows in torch.split(torch.arange(n_items), 65_536)])
-    return Vectors(vectors.numpy(), users.eval(), history, profile, losses=tuple(losses))
+        rows = torch.arange(n_items, device=run.device)
+        vectors = torch.cat([items(part).cpu() for part in torch.split(rows, 65_536)])
+    return Vectors(vectors.numpy(), users.cpu().eval(), history, profile, losses=losses)
 
 
 def _train(
@@ -213,25 +218,27 @@ def _train(
     codes: Tensor,
     now: Tensor,
     rng: np.random.Generator,
-    losses: list[tuple[float, float]],
-    on_epoch: Callable[[int, float, float], None],
-) -> None:
-    n_items = len(now)
+    run: Run,
+    checkpoint: Checkpoint | None,
+) -> Losses:
+    n_items, device = len(now), items.id.weight.device
     owner = torch.from_numpy(moments.user.astype(np.int64))
     weight = np.exp2(-(moments.ts_ms.max() - moments.ts_ms) / MS_PER_DAY / HALF_LIFE_DAYS)
     validating = held[moments.user]
-    train = np.flatnonzero(~validating)
-    chance = weight[train] / weight[train].sum()
-    valid = np.flatnonzero(validating) if validating.any() else train
+    teach = np.flatnonzero(~validating)
+    chance = weight[teach] / weight[teach].sum()
+    valid = np.flatnonzero(validating) if validating.any() else teach
     if len(valid) > VALIDATED:
         valid = rng.choice(valid, VALIDATED, replace=False, p=weight[valid] / weight[valid].sum())
-    targeted = _targeted(moments, torch.from_numpy(train), torch.from_numpy(chance).float(), n_items)
+    targeted = _targeted(moments, torch.from_numpy(teach), torch.from_numpy(chance).float(), n_items)
     now = (1.0 - NOW_FLOOR) * now + NOW_FLOOR * targeted
     shift = torch.where(targeted > 0, torch.log(targeted / now.clamp(min=1e-12)), 0.0)
+    targeted, shift = targeted.to(device), shift.to(device)
 
     def loss(chosen: Tensor, drawn: Tensor, dropout: float) -> Tensor:
-        past, kinds, ages_s = moments.before(chosen)
-        wanted, strength = moments.after(chosen)
+        past, kinds, ages_s = (column.to(device) for column in moments.before(chosen))
+        wanted, strength = (column.to(device) for column in moments.after(chosen))
+        profile, drawn = codes[owner[chosen]].to(device), drawn.to(device)
         moment, place = (wanted >= 0).nonzero(as_tuple=True)
         target = wanted[moment, place]
         # Every item of the batch goes through the tower once. Row 0 of `vectors` stays for padding.
@@ -240,7 +247,7 @@ def _train(
         )
         vectors = F.pad(items(rows[1:], dropout), (0, 0, 1, 0))
         of_past, of_sampled = index[1 : 1 + past.numel()], index[1 + past.numel() :]
-        vector = users(F.embedding(of_past, vectors).view(*past.shape, WIDTH), kinds, ages_s, codes[owner[chosen]])
+        vector = users(F.embedding(of_past, vectors).view(*past.shape, WIDTH), kinds, ages_s, profile)
         sampled, times = torch.unique(of_sampled, return_counts=True)
         row = rows[sampled]
         logit = vector @ F.embedding(sampled, vectors).T + shift[row]
@@ -248,7 +255,7 @@ def _train(
         column = torch.searchsorted(sampled, of_sampled[: len(target)])
         own = logit[moment, column]
         # No wanted item may serve as a negative of its own moment.
-        others = (logit + torch.log(times / expected)).index_put((moment, column), torch.tensor(-torch.inf))
+        others = (logit + torch.log(times / expected)).index_put((moment, column), logit.new_tensor(-torch.inf))
         rest = others.logsumexp(1)[moment]
         weights = strength[moment, place] / (wanted >= 0).sum(1)[moment]
         total: Tensor = ((torch.logaddexp(own, rest) - own) * weights).sum() / weights.sum()
@@ -259,32 +266,33 @@ def _train(
         torch.optim.Adam([*dense, *users.parameters()], lr=LEARNING_RATE, fused=True),
         torch.optim.SparseAdam([items.id.weight], lr=LEARNING_RATE),
     )
-    size = min(len(train), max(EPOCH, len(train) // 8))
+    size = min(len(teach), max(EPOCH, len(teach) // 8))
     validation = torch.split(torch.from_numpy(valid), BATCH)
     negatives = [torch.from_numpy(rng.integers(0, n_items, UNIFORM)) for _ in validation]
-    best, waited = math.inf, 0
-    kept = copy.deepcopy((items.state_dict(), users.state_dict()))
-    for epoch in range(MOST_EPOCHS):
-        taught = []
-        for chosen in torch.split(torch.from_numpy(rng.choice(train, size, p=chance)), BATCH):
-            value = loss(chosen, torch.from_numpy(rng.integers(0, n_items, UNIFORM)), ID_DROPOUT)
-            for optimiser in optimisers:
-                optimiser.zero_grad()
-            value.backward()  # type: ignore[no-untyped-call]
-            for optimiser in optimisers:
-                optimiser.step()
-            taught.append(value.item())
-        with torch.no_grad():
-            tested = [loss(*pair, 0.0).item() for pair in zip(validation, negatives, strict=True)]
-        losses.append((float(np.mean(taught)), float(np.mean(tested))))
-        on_epoch(epoch, *losses[-1])
-        if losses[-1][1] < best - 1e-4:
-            best, waited = losses[-1][1], 0
-            kept = copy.deepcopy((items.state_dict(), users.state_dict()))
-        elif (waited := waited + 1) >= PATIENCE:
-            break
-    items.load_state_dict(kept[0])
-    users.load_state_dict(kept[1])
+
+    def batches(epoch: int) -> Iterable[Tensor]:
+        return torch.split(torch.from_numpy(rng.choice(teach, size, p=chance)), BATCH)
+
+    def taught(chosen: Tensor) -> Tensor:
+        return loss(chosen, torch.from_numpy(rng.integers(0, n_items, UNIFORM)), ID_DROPOUT)
+
+    def validate() -> tuple[float, float]:
+        tested = float(np.mean([loss(*pair, 0.0).item() for pair in zip(validation, negatives, strict=True)]))
+        return tested, -tested
+
+    return train(
+        nn.ModuleList([items, users]),
+        optimisers,
+        batches,
+        taught,
+        validate,
+        rng,
+        epochs=MOST_EPOCHS,
+        patience=PATIENCE,
+        margin=1e-4,
+        run=run,
+        checkpoint=checkpoint,
+    )
 
 
 def _targeted(moments: _Moments, train: Tensor, chance: Tensor, n_items: int) -> Tensor:

@@ -15,7 +15,7 @@ from app.__main__ import cli
 from app.bundle import Bundle, current, open_bundle
 from models.data import DataError, Tables
 from models.data.simulator import simulate
-from models.recall import Interactions, Vectors, gru4rec, sasrec, sequences, training, two_tower
+from models.recall import Interactions, Vectors, gru4rec, sasrec, sequences, streaming, training, two_tower
 from models.recall.training import Board, Run
 from models.train import train
 from tests.sequences import HISTORY, circle, small_steps
@@ -76,8 +76,11 @@ def same(one: Vectors, other: Vectors) -> bool:
 
 
 @learned
-@pytest.mark.parametrize("epochs", [1, 2, 4])
-def test_what_was_killed_goes_on_as_if_nothing_had_happened(fit: Fit, epochs: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("epochs", "part"), [(1, 2**21), (2, 2**21), (2, 600), (4, 600)])
+def test_what_was_killed_goes_on_as_if_nothing_had_happened(
+    fit: Fit, epochs: int, part: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streaming, "PART", part)
     run = Run(checkpoints=tmp_path, name="window-1/it")
     with pytest.raises(Killed):
         fit(circle(200), run=run.of("", killed_after(epochs)))

@@ -6,7 +6,8 @@ targets and uniformly drawn items (mixed negatives; Yang et al., WWW 2020), ever
 how often it is sampled (Bengio & Senécal, 2008), of unit vectors over a small temperature.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
+from functools import lru_cache
 from itertools import islice
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from app.state.events import FOLDED
 from models.recall import STRENGTH, Interactions, Vectors
+from models.recall.streaming import Parts, forever, spilled
 from models.recall.training import Checkpoint, Losses, Run, train
 
 TEMPERATURE = 0.07
@@ -87,38 +89,18 @@ class Stretches:
             torch.from_numpy(np.where(target >= start, STRENGTH[self._kind[target]], np.float32(0))),
         )
 
-    def batches(self, chosen: Longs, rng: np.random.Generator) -> list[Longs]:
-        """All of `chosen` in batches of some `TARGETS` targets and of about one length, so with little padding."""
+    def batches(self, rng: np.random.Generator, chosen: Longs | None = None) -> list[Longs]:
+        """All, or those chosen, in batches of some `TARGETS` targets and of about one length, for little padding."""
+        chosen = np.arange(len(self.user)) if chosen is None else chosen
         length = (self.end - self.start)[chosen]
         order = np.lexsort((rng.random(len(chosen)), length))
         batch = np.cumsum(length[order]) // TARGETS
         parts = np.split(chosen[order], np.flatnonzero(np.diff(batch)) + 1)
         return [parts[index] for index in rng.permutation(len(parts))]
 
-    def forever(self, chosen: Longs, rng: np.random.Generator, position: dict[str, Any]) -> Iterator[Longs]:
-        """One pass after the other. `position` says where; given to another call, that one goes on there."""
-        while True:
-            now = rng.bit_generator.state
-            if position:
-                rng.bit_generator.state = position["begun"]
-            else:
-                position.update(begun=now, taken=0)
-            batches = self.batches(chosen, rng)
-            if position["taken"]:
-                rng.bit_generator.state = now
-            for batch in batches[position["taken"] :]:
-                position["taken"] += 1
-                yield batch
-            position.clear()
-
-    def targeted(self, chosen: Longs) -> Tensor:
-        """float32 [n]: the share of each item among the targets of `chosen`."""
-        edges = np.zeros(len(self._row) + 1)
-        edges[self.start[chosen]] += 1
-        edges[self.end[chosen]] -= 1
-        times = np.cumsum(edges[:-1]) * (STRENGTH[self._kind] > 0)
-        total = np.bincount(self._row, times, minlength=self._n_items)
-        return torch.from_numpy(total / total.sum()).float()
+    def targets(self) -> npt.NDArray[np.int64]:
+        """[n]: how often each item is to be foretold."""
+        return np.bincount(self._row[STRENGTH[self._kind] > 0], minlength=self._n_items)
 
 
 def fit(
@@ -140,19 +122,26 @@ def fit(
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    # The service keeps no other events, so the encoder must not learn from them either.
-    past = past.where(np.isin(past.kind, list(FOLDED)))
     checkpoint = run.checkpoint(
         past[:4], items=past.n_items, rate=learning_rate, epochs=epochs, history=history, width=width, seed=seed
     )
-    stretches = Stretches(past, history)
     encoder = make().to(run.device)
     # Sparse gradients: a step costs what its items cost, not what the catalog does.
     table = nn.Embedding(past.n_items, width, sparse=True, device=run.device)
     nn.init.normal_(table.weight, std=START)
     losses: Losses = ()
-    if len(stretches.user):
-        losses = _train(encoder, table, stretches, learning_rate, epochs, rng, run, checkpoint)
+    # The service keeps no other events, so the encoder must not learn from them either.
+    kept = np.isin(np.arange(256), list(FOLDED))[past.kind]
+    people = rng.permutation(np.unique(past.user[kept & (STRENGTH > 0)[past.kind]]))
+    if len(people):
+        held = np.zeros(past.user.max() + 1, bool)
+        held[people[: min(int(HELD_OUT * len(people)), VALIDATED)]] = True
+        aside = held[past.user]
+        with spilled(past, kept & ~aside, seed) as parts:
+            valid = past.where(kept & aside) if held.any() else parts[0]
+            losses = _train(
+                encoder, table, parts, Stretches(valid, history), history, learning_rate, epochs, rng, run, checkpoint
+            )
     items = F.normalize(table.weight.detach(), dim=1).cpu().numpy()
     return Vectors(items, encoder.cpu().eval(), history, losses=losses)
 
@@ -160,28 +149,36 @@ def fit(
 def _train(
     encoder: Encoder,
     table: nn.Embedding,
-    stretches: Stretches,
+    parts: Parts,
+    valid: Stretches,
+    history: int,
     learning_rate: float,
     epochs: int,
     rng: np.random.Generator,
     run: Run,
     checkpoint: Checkpoint | None,
 ) -> Losses:
-    people = rng.permutation(np.unique(stretches.user))
-    held = np.isin(stretches.user, people[: int(HELD_OUT * len(people))])
-    teach = np.flatnonzero(~held)
-    valid = rng.permutation(np.flatnonzero(held) if held.any() else teach)
-    of_valid = np.cumsum((stretches.end - stretches.start)[valid])
-    validation = stretches.batches(valid[: max(1, int((of_valid <= VALIDATED).sum()))], rng)
-    device, n_items = table.weight.device, len(table.weight)
-    targeted = stretches.targeted(teach).to(device)
+    @lru_cache(maxsize=1)
+    def part(index: int) -> Stretches:
+        return Stretches(parts[index], history)
 
-    def read(chosen: Longs) -> Batch:
+    chosen = rng.permutation(len(valid.user))
+    of_valid = np.cumsum((valid.end - valid.start)[chosen])
+    validation = valid.batches(rng, chosen[: max(1, int((of_valid <= VALIDATED).sum()))])
+    device, n_items = table.weight.device, len(table.weight)
+    times, steps = np.zeros(n_items), 0
+    for index in range(len(parts)):
+        times += part(index).targets()
+        steps += len(part(index).batches(rng))
+    steps = min(max(steps, FEWEST_STEPS), MOST_STEPS)
+    targeted = torch.from_numpy(times / times.sum()).float().to(device)
+
+    def read(stretches: Stretches, chosen: Longs) -> Batch:
         rows, kinds, ages_s, weight = stretches.read(chosen)
         return rows.to(device), kinds.to(device), ages_s.to(device), weight.to(device)
 
-    def loss(chosen: Longs) -> Tensor:
-        rows, kinds, ages_s, weight = read(chosen)
+    def loss(batch: tuple[int, Longs]) -> Tensor:
+        rows, kinds, ages_s, weight = read(part(batch[0]), batch[1])
         drawn = torch.from_numpy(rng.integers(0, n_items, UNIFORM)).to(device)
         # Every item of the batch is looked up once. Row 0 of `vectors` stays for padding.
         distinct, index = torch.unique(torch.cat([rows.new_tensor([-1]), rows.flatten(), drawn]), return_inverse=True)
@@ -203,7 +200,7 @@ def _train(
         """The loss, and the mean of 1 / log2(1 + rank), which goes on rising when the network becomes too sure."""
         vectors = F.pad(F.normalize(table.weight, dim=1), (0, 0, 1, 0))
         total = torch.zeros(3, device=device)
-        for rows, kinds, ages_s, weight in map(read, validation):
+        for rows, kinds, ages_s, weight in (read(valid, batch) for batch in validation):
             wanted = weight > 0
             states = encoder.states(F.embedding(rows[:, :-1] + 1, vectors), kinds[:, :-1], ages_s[:, :-1])[wanted]
             columns = states, rows[:, 1:][wanted], weight[wanted]
@@ -222,10 +219,9 @@ def _train(
         torch.optim.SparseAdam(table.parameters(), lr=learning_rate),
     )
     position: dict[str, Any] = {}
-    passes = stretches.forever(teach, rng, position)
-    steps = min(max(len(stretches.batches(teach, rng)), FEWEST_STEPS), MOST_STEPS)
+    passes = forever(parts, lambda index: part(index).batches(rng), rng, position)
 
-    def batches(epoch: int) -> Iterable[Longs]:
+    def batches(epoch: int) -> Iterable[tuple[int, Longs]]:
         for optimiser in optimisers:
             optimiser.param_groups[0]["lr"] = learning_rate * (1.0 - epoch / epochs)
         return islice(passes, steps)

@@ -2,8 +2,8 @@
 
 The loss decides more than the network does: with binary cross-entropy and one negative the same networks are a third
 worse (Klenitskiy & Vasilev, RecSys 2023; Petrov & Macdonald, RecSys 2023). Here it is a softmax over the batch's own
-targets and uniformly drawn items (mixed negatives; Yang et al., WWW 2020), every sampled logit less the logarithm of
-how often it is sampled (Bengio & Senécal, 2008), of unit vectors over a small temperature.
+targets and drawn items, corrected for how often each is sampled (`negatives`), of unit vectors over a small
+temperature.
 """
 
 from collections.abc import Callable, Iterable
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from app.state.events import FOLDED
 from models.recall import STRENGTH, Interactions, Vectors
+from models.recall.negatives import Negatives
 from models.recall.streaming import Parts, forever, spilled
 from models.recall.training import Checkpoint, Losses, Run, train
 
@@ -171,7 +172,7 @@ def _train(
         times += part(index).targets()
         steps += len(part(index).batches(rng))
     steps = min(max(steps, FEWEST_STEPS), MOST_STEPS)
-    targeted = torch.from_numpy(times / times.sum()).float().to(device)
+    negatives = Negatives(torch.from_numpy(times / times.sum()).float().to(device), UNIFORM)
 
     def read(stretches: Stretches, chosen: Longs) -> Batch:
         rows, kinds, ages_s, weight = stretches.read(chosen)
@@ -179,19 +180,19 @@ def _train(
 
     def loss(batch: tuple[int, Longs]) -> Tensor:
         rows, kinds, ages_s, weight = read(part(batch[0]), batch[1])
-        drawn = torch.from_numpy(rng.integers(0, n_items, UNIFORM)).to(device)
+        drawn = negatives.draw(rng)
         # Every item of the batch is looked up once. Row 0 of `vectors` stays for padding.
         distinct, index = torch.unique(torch.cat([rows.new_tensor([-1]), rows.flatten(), drawn]), return_inverse=True)
         vectors = F.pad(F.normalize(table(distinct[1:]), dim=1), (0, 0, 1, 0))
-        of_rows, of_drawn = index[1:].split([rows.numel(), UNIFORM])
+        of_rows, of_drawn = index[1:].split([rows.numel(), len(drawn)])
         of_rows, wanted = of_rows.view(rows.shape), weight > 0
         states = encoder.states(F.embedding(of_rows[:, :-1], vectors), kinds[:, :-1], ages_s[:, :-1])[wanted]
         target, weight = of_rows[:, 1:][wanted], weight[wanted]
         sampled, times = torch.unique(torch.cat([target, of_drawn]), return_counts=True)
         logit = states @ F.embedding(sampled, vectors).T
-        expected = len(target) * targeted[distinct[sampled]] + UNIFORM / n_items
         place = torch.searchsorted(sampled, target)[:, None]
-        logit = (logit + torch.log(times / expected)).scatter(1, place, logit.float().gather(1, place))
+        corrected = logit + negatives.correction(distinct[sampled], times, len(target))
+        logit = corrected.scatter(1, place, logit.float().gather(1, place))
         each = F.cross_entropy(logit, place.squeeze(1), reduction="none")
         total: Tensor = (each * weight).sum() / weight.sum()
         return total

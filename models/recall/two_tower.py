@@ -1,8 +1,7 @@
 """A two-tower network: a user's last events and profile on one side, an item's id and content on the other.
 
-Trained by sampled softmax over the batch's own targets (Yi et al., RecSys 2019) and uniformly drawn items
-(mixed negatives; Yang et al., WWW 2020), every sampled logit less the logarithm of how often it is sampled
-(Bengio & Senécal, 2008): without that, popular items are pushed away for being popular.
+Trained by sampled softmax over the batch's own targets (Yi et al., RecSys 2019) and drawn items, corrected for how
+often each is sampled (`negatives`).
 
 Two things beside that carry the quality. Ids start from the leading singular vectors of the user-item matrix,
 which say already who goes with whom (Cremonesi et al., RecSys 2010; Halko et al., 2011). And the network learns
@@ -26,6 +25,7 @@ from app.engine.batch import PROFILE_BUCKETS, profile_codes
 from app.state.events import FOLDED, MS_PER_DAY
 from models.recall import STRENGTH, Interactions, Vectors
 from models.recall.item_cf import user_items
+from models.recall.negatives import Negatives
 from models.recall.streaming import PART, Parts, spilled
 from models.recall.training import Checkpoint, Losses, Run, train
 
@@ -251,12 +251,12 @@ def _train(
     targeted /= targeted.sum()
     now = (1.0 - NOW_FLOOR) * now + NOW_FLOOR * targeted
     shift = torch.where(targeted > 0, torch.log(targeted / now.clamp(min=1e-12)), 0.0)
-    targeted, shift = targeted.to(device), shift.to(device)
+    shift, negatives = shift.to(device), Negatives(targeted.to(device), UNIFORM)
 
     def loss(moments: _Moments, chosen: Tensor, drawn: Tensor, dropout: float) -> Tensor:
         past, kinds, ages_s = (column.to(device) for column in moments.before(chosen))
         wanted, strength = (column.to(device) for column in moments.after(chosen))
-        profile, drawn = codes[moments.user[chosen.numpy()]].to(device), drawn.to(device)
+        profile = codes[moments.user[chosen.numpy()]].to(device)
         moment, place = (wanted >= 0).nonzero(as_tuple=True)
         target = wanted[moment, place]
         # Every item of the batch goes through the tower once. Row 0 of `vectors` stays for padding.
@@ -269,11 +269,11 @@ def _train(
         sampled, times = torch.unique(of_sampled, return_counts=True)
         row = rows[sampled]
         logit = vector @ F.embedding(sampled, vectors).T + shift[row]
-        expected = len(target) * targeted[row] + len(drawn) / n_items
         column = torch.searchsorted(sampled, of_sampled[: len(target)])
         own = logit[moment, column]
         # No wanted item may serve as a negative of its own moment.
-        others = (logit + torch.log(times / expected)).index_put((moment, column), logit.new_tensor(-torch.inf))
+        logit = logit + negatives.correction(row, times, len(target))
+        others = logit.index_put((moment, column), logit.new_tensor(-torch.inf))
         rest = others.logsumexp(1)[moment]
         weights = strength[moment, place] / (wanted >= 0).sum(1)[moment]
         total: Tensor = ((torch.logaddexp(own, rest) - own) * weights).sum() / weights.sum()
@@ -286,7 +286,7 @@ def _train(
     )
     size = min(total, max(EPOCH, total // 8))
     validation = torch.split(torch.from_numpy(tested), BATCH)
-    negatives = [torch.from_numpy(rng.integers(0, n_items, UNIFORM)) for _ in validation]
+    drawn = [negatives.draw(rng) for _ in validation]
 
     def batches(epoch: int) -> Iterator[tuple[_Moments, Tensor]]:
         counts = rng.multinomial(size, [weights / weight_sum for _, weights in sizes])
@@ -296,10 +296,10 @@ def _train(
             yield from ((moments, batch) for batch in torch.split(torch.from_numpy(chosen), BATCH))
 
     def taught(batch: tuple[_Moments, Tensor]) -> Tensor:
-        return loss(*batch, torch.from_numpy(rng.integers(0, n_items, UNIFORM)), ID_DROPOUT)
+        return loss(*batch, negatives.draw(rng), ID_DROPOUT)
 
     def validate() -> tuple[float, float]:
-        pairs = zip(validation, negatives, strict=True)
+        pairs = zip(validation, drawn, strict=True)
         mean = float(np.mean([loss(valid, *pair, 0.0).item() for pair in pairs]))
         return mean, -mean
 

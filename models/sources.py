@@ -4,6 +4,7 @@ Training calls this once per past cut, to see the candidates that the service wo
 once more on everything, for the bundle that is served.
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -265,7 +266,7 @@ def _spectral(draft: Draft, past: Past) -> None:
 
 
 def _lightgcn(draft: Draft, past: Past) -> None:
-    _vectors(draft, "lightgcn", lightgcn.fit(past.events, seed=past.seed), past.seed)
+    _vectors(draft, "lightgcn", lightgcn.fit(past.events, seed=past.seed, run=_noted(past, "lightgcn")), past.seed)
 
 
 def _als(draft: Draft, past: Past) -> None:
@@ -273,7 +274,7 @@ def _als(draft: Draft, past: Past) -> None:
 
 
 def _bpr(draft: Draft, past: Past) -> None:
-    _vectors(draft, "bpr", mf.fit_bpr(past.events, seed=past.seed), past.seed)
+    _vectors(draft, "bpr", mf.fit_bpr(past.events, seed=past.seed, run=_noted(past, "bpr")), past.seed)
 
 
 def _content(draft: Draft, past: Past) -> None:
@@ -374,11 +375,13 @@ def _anchors(half_life_days: float, limit: int, half_life_events: float | None =
 
 
 def _noted(past: Past, name: str) -> Run:
-    losses = past.losses.setdefault(name, [])
-
     def on_epoch(epoch: int, train: float, valid: float) -> None:
-        losses.append((float(train), float(valid)))
-        past.note(f"{name}, epoch {epoch}: loss {train:.3f}, validation {valid:.3f}")
+        said = f"{name}, epoch {epoch}: loss {train:.3f}"
+        # What does not validate has no second curve, and JSON no word for that.
+        if math.isfinite(valid):
+            past.losses.setdefault(name, []).append((float(train), float(valid)))
+            said += f", validation {valid:.3f}"
+        past.note(said)
 
     return past.run.of(name, on_epoch)
 

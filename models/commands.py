@@ -171,10 +171,9 @@ def train(
     single_threaded()
     with one_line_errors():
         names = chosen(models, ranker)
-        tables = tables_of(events, items, users, retail, column)
         with progress() as shown, running(checkpoints, resume, tensorboard, device) as run:
             bundle, trained = trained_on(
-                tables,
+                tables_of(events, items, users, retail, column),
                 bundles or Settings().bundles,
                 seed=seed,
                 windows=windows,

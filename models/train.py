@@ -158,7 +158,9 @@ def train(
     """
     begun = time.monotonic()
     torch.manual_seed(seed)
-    whole = Log.from_tables(tables)
+    whole, catalog = Log.from_tables(tables), tables.items
+    # Where nobody else holds it, the table of events is gone from here on.
+    del tables
     log = whole if cut_ms is None else whole.before(cut_ms)
     if not len(log.events):
         raise DataError("no events to learn from")
@@ -171,9 +173,7 @@ def train(
     for number, cut in enumerate(plan.cuts_ms, 1):
         note = _prefixed(progress, f"window {number}/{len(plan.cuts_ms)}: ")
         with tempfile.TemporaryDirectory() as folder:
-            fitted = fit(
-                Path(folder), tables.items, whole, cut, seed, note, models=models, run=run.of(f"window-{number}")
-            )
+            fitted = fit(Path(folder), catalog, whole, cut, seed, note, models=models, run=run.of(f"window-{number}"))
             pipeline = Pipeline(seal(fitted.draft, "window"), torch.device("cpu"), BATCH)
             for name in LEARNED:
                 scene = fitted.draft.scenes[name]
@@ -219,7 +219,7 @@ def train(
 
     def write(folder: Path, version: str) -> Bundle:
         note = _prefixed(progress, "final fit: ")
-        fitted = fit(folder, tables.items, whole, end_ms, seed, note, models=models, run=run.of("final"))
+        fitted = fit(folder, catalog, whole, end_ms, seed, note, models=models, run=run.of("final"))
         trained.losses.update(fitted.losses)
         trained.seconds.update(fitted.seconds)
         with_rankers(fitted.draft, fitted_rankers)

@@ -1,5 +1,7 @@
 """`millirec train`, `evaluate` and `simulate`."""
 
+import resource
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -145,6 +147,9 @@ def report(bundle: Bundle, trained: Trained) -> None:
     console.print(f"seconds: {spent}", markup=False, highlight=False)
     for name, recall in trained.candidate_recall.items():
         console.print(f"candidate recall for {name}: {recall:.3f}", highlight=False)
+    # Linux counts in KiB, macOS in bytes.
+    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (2**20 if sys.platform == "darwin" else 2**10)
+    console.print(f"peak memory: {peak_mb:,} MB", highlight=False)
     print(bundle.version)
 
 

@@ -29,13 +29,14 @@ from app.engine.pipeline import Pipeline, Prepared
 from app.engine.ranking import FUSIONS
 from app.scenes import Scene
 from app.state.events import EVENT, EventType, item_key
-from models.commands import Models, Ranker, chosen, one_line_errors, progress, single_threaded
+from models.commands import Device, Models, Ranker, chosen, device_of, one_line_errors, progress, single_threaded
 from models.data import DataError
 from models.data.log import Log
 from models.data.tables import ITEMS
 from models.data.times import DAY_MS
 from models.metrics import Row, Scores, bootstrap, evaluate, markdown
 from models.ranking import RANKERS, weights
+from models.recall.training import Run
 from models.sources import MODELS, WINDOW, Fitted, Progress, Width, fit
 from models.train import Learned, examples, with_learned
 
@@ -153,11 +154,11 @@ SPLITS: Mapping[str, Callable[[Path, int], Split]] = {
 
 
 def run(
-    split: Split, models: Sequence[str], ranker: str, seed: int, note: Progress
+    split: Split, models: Sequence[str], ranker: str, seed: int, note: Progress, device: str = "cpu"
 ) -> tuple[list[Row], dict[str, float]]:
     """The leaderboard of the split, and the seconds that each model took in its last fit."""
     with tempfile.TemporaryDirectory() as folder:
-        fitted, pipeline, scene = _fitted(Path(folder), split, split.learn, models, seed, note)
+        fitted, pipeline, scene = _fitted(Path(folder), split, split.learn, models, seed, note, device)
         users = sorted(split.learn.wanted)
         users = np.random.default_rng(seed).permutation(users)[:LEARNED_FROM].tolist()
         note(f"candidates of {len(users):,} users for the ranker")
@@ -171,7 +172,7 @@ def run(
         fitted_weights = weights.fit(learned, [source.name for source in scene.sources], seed=seed)
         del learned, pipeline
         if split.judge.log is not split.learn.log:
-            fitted, _, scene = _fitted(Path(folder, "again"), split, split.judge, models, seed, note)
+            fitted, _, scene = _fitted(Path(folder, "again"), split, split.judge, models, seed, note, device)
         if lost := with_learned(fitted.draft, {"evaluated": Learned(fitted_weights, fitted_ranker)}):
             raise DataError(lost[0])
         pipeline = Pipeline(seal(fitted.draft, "judged"), torch.device("cpu"), BATCH)
@@ -183,10 +184,10 @@ def run(
 
 
 def _fitted(
-    folder: Path, split: Split, stage: Stage, models: Sequence[str], seed: int, note: Progress
+    folder: Path, split: Split, stage: Stage, models: Sequence[str], seed: int, note: Progress, device: str
 ) -> tuple[Fitted, Pipeline, Scene]:
     folder.mkdir(exist_ok=True)
-    fitted = fit(folder, split.items, stage.log, stage.fit_ms, seed, note, models=models, width=WIDTH)
+    fitted = fit(folder, split.items, stage.log, stage.fit_ms, seed, note, models=models, width=WIDTH, run=Run(device))
     home = fitted.draft.scenes["home"]
     scene = home.model_copy(
         update={
@@ -281,6 +282,7 @@ def benchmark(
     models: Models = ALL,
     ranker: Ranker = "blend",
     seed: Annotated[int, typer.Option()] = 0,
+    device: Device = "auto",
 ) -> None:
     """Judge every model, every fusion and the pipeline on a public split that others have published figures for."""
     single_threaded()
@@ -290,7 +292,7 @@ def benchmark(
         names = chosen(models, ranker)
         split = SPLITS[dataset](data, seed)
         begun = time.monotonic()
-        rows, seconds = run(split, names, ranker, seed, shown)
+        rows, seconds = run(split, names, ranker, seed, shown, device_of(device))
         total = time.monotonic() - begun
     columns = (split.metrics[1], split.metrics[0])
     print(f"\n### {dataset}: {len(split.judge.wanted):,} users, {total:,.0f} s\n")

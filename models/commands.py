@@ -1,12 +1,15 @@
 """`millirec train`, `evaluate` and `simulate`."""
 
+import resource
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import faiss
 import torch
@@ -21,6 +24,7 @@ from models.evaluate import HEADLINE, judge
 from models.evaluate import result as result_of
 from models.metrics import markdown
 from models.ranking import RANKERS
+from models.recall.training import Board, Run
 from models.result import sheets
 from models.sources import MODELS, STANDARD, Progress
 from models.train import ENOUGH, Trained
@@ -42,6 +46,9 @@ LabelDays = Annotated[
 Models = Annotated[str, typer.Option(help=f"Models to draw on, separated by commas, of {', '.join(MODELS)}.")]
 STANDARD_MODELS = ",".join(STANDARD)
 Ranker = Annotated[str, typer.Option(help=f"How candidates are ranked: {', '.join(RANKERS)}.")]
+Device = Annotated[
+    Literal["auto", "cpu", "cuda"], typer.Option(help="Where networks are learned; auto is the GPU if there is one.")
+]
 
 console = Console(stderr=True)
 
@@ -119,6 +126,29 @@ def single_threaded() -> None:
     faiss.omp_set_num_threads(1)
 
 
+def device_of(device: str) -> str:
+    there = torch.cuda.is_available()
+    if device == "cuda" and not there:
+        raise DataError("--device cuda: torch finds no GPU here")
+    return "cuda" if there and device != "cpu" else "cpu"
+
+
+@contextmanager
+def running(checkpoints: Path | None, resume: bool, tensorboard: Path | None, device: str) -> Iterator[Run]:
+    """What the command line says of where networks are learned and what is kept of them."""
+    run = Run(device_of(device), checkpoints)
+    if resume and checkpoints is None:
+        raise DataError("--resume goes on from the folder of --checkpoints, and none is named")
+    if run.standing() and not resume:
+        raise DataError(f"{checkpoints} holds checkpoints: go on from them with --resume, or remove them")
+    board = None if tensorboard is None else Board(tensorboard)
+    try:
+        yield replace(run, board=board)
+    finally:
+        if board is not None:
+            board.close()
+
+
 def report(bundle: Bundle, trained: Trained) -> None:
     spent = ", ".join(f"{name} {seconds} s" for name, seconds in trained.seconds.items())
     console.print(f"seconds: {spent}", markup=False, highlight=False)
@@ -130,6 +160,9 @@ def report(bundle: Bundle, trained: Trained) -> None:
         console.print(f"{line}, on {on['users']:.0f} users{few}", style="bold red" if few else None, highlight=False)
     for line in trained.missing:
         console.print(line, style="bold red", markup=False, highlight=False)
+    # Linux counts in KiB, macOS in bytes.
+    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (2**20 if sys.platform == "darwin" else 2**10)
+    console.print(f"peak memory: {peak_mb:,} MB", highlight=False)
     print(bundle.version)
 
 
@@ -146,15 +179,20 @@ def train(
     models: Models = STANDARD_MODELS,
     ranker: Ranker = "mlp",
     seed: Seed = 0,
+    device: Device = "auto",
+    checkpoints: Annotated[
+        Path | None, typer.Option(help="Keep how far each network is here after every epoch, until the bundle is out.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoints that stand there.")] = False,
+    tensorboard: Annotated[Path | None, typer.Option(help="Write losses and seconds here, for TensorBoard.")] = None,
 ) -> None:
     """Train on a shop's history, publish the bundle and make it the one to serve; prints its version."""
     single_threaded()
     with one_line_errors():
         names = chosen(models, ranker)
-        tables = tables_of(events, items, users, retail, column, categories)
-        with progress() as shown:
+        with progress() as shown, running(checkpoints, resume, tensorboard, device) as run:
             bundle, trained = trained_on(
-                tables,
+                tables_of(events, items, users, retail, column, categories),
                 bundles or Settings().bundles,
                 seed=seed,
                 windows=windows,
@@ -162,6 +200,7 @@ def train(
                 models=names,
                 ranker=ranker,
                 progress=shown,
+                run=run,
             )
         report(bundle, trained)
 
@@ -183,6 +222,7 @@ def evaluate(
     models: Models = STANDARD_MODELS,
     ranker: Ranker = "mlp",
     seed: Seed = 0,
+    device: Device = "auto",
     out: Annotated[Path | None, typer.Option(help="Write all that was found here, for `millirec report`.")] = None,
 ) -> None:
     """Judge every source, every fusion mode and the whole pipeline through the engine, beside implicit's models."""
@@ -206,6 +246,7 @@ def evaluate(
                     ranker=ranker,
                     cut_ms=cut_ms,
                     progress=shown,
+                    run=Run(device_of(device)),
                 )
                 report(bundle, trained)
             views = judge(bundle, tables, cut_ms, days, shown, seed)

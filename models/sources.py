@@ -4,6 +4,7 @@ Training calls this once per past cut, to see the candidates that the service wo
 once more on everything, for the bundle that is served.
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ from models.recall import (
     two_tower,
 )
 from models.recall.index import build_index
+from models.recall.training import Run
 
 WINDOW = 256
 """Events of a user that models and features see."""
@@ -136,6 +138,7 @@ class Past:
     note: Progress
     losses: dict[str, list[tuple[float, float]]]
     """Filled by the models that are learned in epochs."""
+    run: Run
 
 
 def fit(
@@ -148,6 +151,7 @@ def fit(
     *,
     models: Sequence[str] | None = None,
     width: Width = Width(),
+    run: Run = Run(),
 ) -> Fitted:
     """Writes catalog and sources, fitted on the events before `cut_ms`, into `folder`.
 
@@ -178,13 +182,14 @@ def fit(
             " there is nothing to learn from"
         )
     seconds: dict[str, float] = {}
-    given = Past(before, cut_ms, items, tensors["category"].numpy(), past.profiles, width, seed, progress, {})
+    given = Past(before, cut_ms, items, tensors["category"].numpy(), past.profiles, width, seed, progress, {}, run)
     silent = []
     for name in STANDARD if models is None else models:
         progress(name)
         begun, before_it = time.monotonic(), len(draft.sources)
         MODELS[name](draft, given)
         seconds[name] = round(time.monotonic() - begun, 1)
+        run.of(name).scalar("seconds", 0, seconds[name])
         if len(draft.sources) == before_it:
             silent.append(name)
     if not draft.sources:
@@ -258,21 +263,19 @@ def _two_tower(draft: Draft, past: Past) -> None:
             features=content.features(past.items.frame),
             profiles=past.profiles,
             seed=past.seed,
-            on_epoch=_noted(past, "two_tower"),
+            run=_noted(past, "two_tower"),
         )
         _vectors(draft, "two_tower", towers, past.seed)
 
 
 def _sasrec(draft: Draft, past: Past) -> None:
     if len(past.events.user) >= TOWERS_FROM:
-        _vectors(draft, "sasrec", sasrec.fit(past.events, seed=past.seed, on_epoch=_noted(past, "sasrec")), past.seed)
+        _vectors(draft, "sasrec", sasrec.fit(past.events, seed=past.seed, run=_noted(past, "sasrec")), past.seed)
 
 
 def _gru4rec(draft: Draft, past: Past) -> None:
     if len(past.events.user) >= TOWERS_FROM:
-        _vectors(
-            draft, "gru4rec", gru4rec.fit(past.events, seed=past.seed, on_epoch=_noted(past, "gru4rec")), past.seed
-        )
+        _vectors(draft, "gru4rec", gru4rec.fit(past.events, seed=past.seed, run=_noted(past, "gru4rec")), past.seed)
 
 
 def _spectral(draft: Draft, past: Past) -> None:
@@ -280,7 +283,7 @@ def _spectral(draft: Draft, past: Past) -> None:
 
 
 def _lightgcn(draft: Draft, past: Past) -> None:
-    _vectors(draft, "lightgcn", lightgcn.fit(past.events, seed=past.seed), past.seed)
+    _vectors(draft, "lightgcn", lightgcn.fit(past.events, seed=past.seed, run=_noted(past, "lightgcn")), past.seed)
 
 
 def _als(draft: Draft, past: Past) -> None:
@@ -288,7 +291,7 @@ def _als(draft: Draft, past: Past) -> None:
 
 
 def _bpr(draft: Draft, past: Past) -> None:
-    _vectors(draft, "bpr", mf.fit_bpr(past.events, seed=past.seed), past.seed)
+    _vectors(draft, "bpr", mf.fit_bpr(past.events, seed=past.seed, run=_noted(past, "bpr")), past.seed)
 
 
 def _content(draft: Draft, past: Past) -> None:
@@ -389,14 +392,16 @@ def _anchors(half_life_days: float, limit: int, half_life_events: float | None =
     return Anchors(weights=INTEREST, half_life_days=half_life_days, half_life_events=half_life_events, limit=limit)
 
 
-def _noted(past: Past, name: str) -> Callable[[int, float, float], None]:
-    losses = past.losses.setdefault(name, [])
-
+def _noted(past: Past, name: str) -> Run:
     def on_epoch(epoch: int, train: float, valid: float) -> None:
-        losses.append((float(train), float(valid)))
-        past.note(f"{name}, epoch {epoch}: loss {train:.3f}, validation {valid:.3f}")
+        said = f"{name}, epoch {epoch}: loss {train:.3f}"
+        # What does not validate has no second curve, and JSON no word for that.
+        if math.isfinite(valid):
+            past.losses.setdefault(name, []).append((float(train), float(valid)))
+            said += f", validation {valid:.3f}"
+        past.note(said)
 
-    return on_epoch
+    return past.run.of(name, on_epoch)
 
 
 def _neighbours(draft: Draft, name: str, table: Neighbours, anchors: Anchors) -> None:

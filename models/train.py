@@ -30,6 +30,7 @@ from models.catalog import Items
 from models.data import DataError, Tables
 from models.data.log import Log
 from models.ranking import RANKERS, Examples, Ranker, ndcg, split, stack, weights
+from models.recall.training import Run
 from models.sources import STANDARD, WINDOW, Fitted, Progress, fit
 
 BATCH = 32
@@ -161,16 +162,19 @@ def train(
     models: Sequence[str] = STANDARD,
     ranker: str = "mlp",
     progress: Progress = lambda step: None,
+    run: Run = Run(),
     activate: bool = True,
 ) -> tuple[Bundle, Trained]:
     """Trains on the events before `cut_ms` (default: all) and publishes the bundle in `root`.
 
-    `models` are names of `models.sources.MODELS`, `ranker` is one of `models.ranking.RANKERS`. Raises `DataError` when
-    the history cannot teach anything.
+    `models` are names of `models.sources.MODELS`, `ranker` is one of `models.ranking.RANKERS`. The checkpoints of
+    `run` are removed once the bundle is published. Raises `DataError` when the history cannot teach anything.
     """
     begun = time.monotonic()
     torch.manual_seed(seed)
-    whole = Log.from_tables(tables)
+    whole, catalog = Log.from_tables(tables), tables.items
+    # Where nobody else holds it, the table of events is gone from here on.
+    del tables
     log = whole if cut_ms is None else whole.before(cut_ms)
     if not len(log.events):
         raise DataError("no events to learn from")
@@ -184,7 +188,7 @@ def train(
     for number, cut in enumerate(plan.cuts_ms, 1):
         note = _prefixed(progress, f"window {number}/{len(plan.cuts_ms)}: ")
         with tempfile.TemporaryDirectory() as folder:
-            fitted = fit(Path(folder), tables.items, whole, cut, seed, note, models=models)
+            fitted = fit(Path(folder), catalog, whole, cut, seed, note, models=models, run=run.of(f"window-{number}"))
             pipeline = Pipeline(seal(fitted.draft, "window"), torch.device("cpu"), BATCH)
             for name in LEARNED:
                 # What one window lacks, such as a network for want of events, no ranker can learn to use.
@@ -214,15 +218,17 @@ def train(
         if not learned[name]:
             trained.missing.append(f"no ranker for {name}: nobody wanted anything in the training windows")
         else:
+            ranking = run.of(f"ranker-{name}", on_epoch)
             begun_ranker = time.monotonic()
             together = stack(learned[name])
             try:
-                fitted_ranker = RANKERS[ranker](together, seed=seed, on_epoch=on_epoch)
+                fitted_ranker = RANKERS[ranker](together, seed=seed, on_epoch=ranking.tell)
                 trained.validation[name] = validated(fitted_ranker, together, seed)
                 found[name] = Learned(weights.fit(together, shared[name], seed=seed), fitted_ranker)
             except ValueError as error:
                 trained.missing.append(f"no ranker for {name}: {error}")
             trained.seconds[f"ranker {name}"] = round(time.monotonic() - begun_ranker, 1)
+            ranking.scalar("seconds", 0, trained.seconds[f"ranker {name}"])
             trained.losses[f"ranker {name}"] = losses
     learned.clear()
     for name, on in trained.validation.items():
@@ -233,7 +239,8 @@ def train(
             )
 
     def write(folder: Path, version: str) -> Bundle:
-        fitted = fit(folder, tables.items, whole, end_ms, seed, _prefixed(progress, "final fit: "), models=models)
+        note = _prefixed(progress, "final fit: ")
+        fitted = fit(folder, catalog, whole, end_ms, seed, note, models=models, run=run.of("final"))
         trained.losses.update(fitted.losses)
         trained.seconds.update(fitted.seconds)
         trained.missing.extend(f"no source of {name}: this history does not allow it" for name in fitted.silent)
@@ -265,7 +272,10 @@ def train(
         }
         return seal(fitted.draft, version)
 
-    return publish(root, write, activate_it=activate), trained
+    bundle = publish(root, write, activate_it=activate)
+    for checkpoint in run.standing():
+        checkpoint.unlink()
+    return bundle, trained
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.sparse as sp
 import torch
 
 from app.engine.program import load_program, save_program
@@ -102,3 +103,11 @@ def test_halves_hide_some_of_each_user_and_lose_nothing() -> None:
         assert set(line.tolist()) == set(range(len(both_parts)))
     assert lines == len(matrix.toarray())
     np.testing.assert_array_equal(np.sort(whole @ np.arange(40)), np.sort(matrix.toarray() @ np.arange(40)))
+
+
+def test_a_matrix_is_the_same_as_a_tensor() -> None:
+    matrix = sp.csr_matrix(np.random.default_rng(0).integers(0, 3, (7, 5)).astype(np.float32))
+    table = torch.arange(10.0).view(5, 2)
+    torch.testing.assert_close(mf.on(matrix, table.device) @ table, mf.product(matrix, table))
+    turned = torch.arange(14.0).view(7, 2)
+    torch.testing.assert_close(mf.on(matrix.T, table.device) @ turned, mf.product(matrix.T, turned))

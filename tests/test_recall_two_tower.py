@@ -11,6 +11,7 @@ from torch import Tensor
 from app.engine.program import load_program, save_program
 from app.state.events import EventType
 from models.recall import Interactions, Vectors, two_tower
+from models.recall.training import Run
 from models.recall.two_tower import _Moments
 
 HOUR_MS = 3_600_000
@@ -116,7 +117,7 @@ def test_losses_are_reported_and_fall(towers: Vectors) -> None:
         features=features(),
         profiles=[{}] * 120,
         history=8,
-        on_epoch=lambda epoch, train, valid: seen.append((epoch, train, valid)),
+        run=Run(on_epoch=lambda epoch, train, valid: seen.append((epoch, train, valid))),
     )
     assert [(train, valid) for _, train, valid in seen] == list(again.losses)
     assert [epoch for epoch, _, _ in seen] == list(range(len(again.losses)))

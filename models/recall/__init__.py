@@ -23,7 +23,7 @@ class Interactions(NamedTuple):
     """`EventType`."""
     n_items: int
 
-    def where(self, mask: npt.NDArray[np.bool_]) -> "Interactions":
+    def where(self, mask: npt.NDArray[np.bool_] | slice) -> "Interactions":
         return Interactions(self.user[mask], self.row[mask], self.ts_ms[mask], self.kind[mask], self.n_items)
 
 

@@ -8,13 +8,13 @@ split: two in five labels repeat the prefix, and it ranks repeats too low. Why i
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.recall import Interactions, Vectors, sequences
+from models.recall.training import Run
 
 WIDTH = 64
 STATE = 64
@@ -49,7 +49,9 @@ class Encoder(sequences.Encoder):
         return self._told(self._read(history, kinds)[:, -1])
 
     def states(self, history: Tensor, kinds: Tensor, ages_s: Tensor) -> Tensor:
-        return self._told(self._read(history, kinds))
+        # A recurrence adds up what fewer bits round off.
+        with torch.autocast(kinds.device.type, enabled=False):
+            return self._told(self._read(history, kinds))
 
     def _read(self, history: Tensor, kinds: Tensor) -> Tensor:
         padding = (kinds == 0).to(history.dtype).unsqueeze(2)
@@ -68,8 +70,7 @@ def fit(
     *,
     history: int = 20,
     seed: int = 0,
-    device: str = "cpu",
-    on_epoch: Callable[[int, float, float], None] = lambda epoch, train, valid: None,
+    run: Run = Run(),
 ) -> Vectors:
     """Reads the last `history` events. See `sequences.fit`."""
     return sequences.fit(
@@ -80,6 +81,5 @@ def fit(
         epochs=EPOCHS,
         history=history,
         seed=seed,
-        device=device,
-        on_epoch=on_epoch,
+        run=run,
     )

@@ -11,16 +11,19 @@ leading singular vectors of R.
 """
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.recall import Interactions, Vectors
 from models.recall.ease import user_items
 from models.recall.mf import bag, product
 from models.recall.spectral import damped, degrees, leading
+from models.recall.training import Losses, Run, train
 
 TEMPERATURE = 0.1
 LEARNING_RATE = 0.02
@@ -42,6 +45,7 @@ def fit(
     epochs: int = 5,
     history: int = 256,
     seed: int = 0,
+    run: Run = Run(),
 ) -> Vectors:
     """Learns to tell what each user had from items drawn uniformly, each by its weight in `user_items`.
 
@@ -51,12 +55,12 @@ def fit(
     active, n_items = np.flatnonzero(np.diff(matrix.indptr)), matrix.shape[1]
     walk = damped(matrix, 0.5, 0.5)
     back = walk.T.tocsr()
-    of_item = torch.from_numpy(degrees(matrix, 0))[:, None]
+    of_item = torch.from_numpy(degrees(matrix, 0))[:, None].to(run.device)
     rng = np.random.default_rng(seed)
     values, right = leading(walk, width, rng)
     start = right * values
     start *= math.sqrt(n_items) / (float(np.linalg.norm(start)) + 1e-12)
-    table = torch.from_numpy(start).requires_grad_()
+    table = nn.Parameter(torch.from_numpy(start).to(run.device))
 
     def outputs() -> tuple[Tensor, Tensor]:
         """What a history holds of each item, and unit vectors that it is scored by."""
@@ -65,34 +69,37 @@ def fit(
 
     steps = math.ceil(len(active) / min(BATCH, math.ceil(len(active) / 16))) if len(active) else 0
     optimiser = torch.optim.Adam([table], betas=(0.9, 0.99), fused=True)
-    losses = []
-    for epoch in range(epochs if steps else 0):
-        taught = []
+
+    def batches(epoch: int) -> Iterator[npt.NDArray[np.int64]]:
         for step, users in enumerate(np.array_split(rng.permutation(active), steps), epoch * steps):
-            inputs, items = outputs()
-            wanted = matrix[users]
-            vectors = bag(wanted, inputs) / TEMPERATURE
-            drawn = torch.from_numpy(rng.integers(0, n_items, NEGATIVES))
-            any_item = (vectors @ items[drawn].T).logsumexp(1) + math.log(n_items / NEGATIVES)
-            weight = torch.from_numpy(np.asarray(wanted.sum(1), np.float32).ravel())
-            own = (vectors * product(wanted, items)).sum(1)
-            loss = (weight * any_item - own).sum() / weight.sum()
             optimiser.param_groups[0]["lr"] = (
                 LEARNING_RATE * min(1.0, (step + 1) / WARM_UP) * (1.0 - step / (epochs * steps))
             )
-            optimiser.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimiser.step()
-            taught.append(loss.item())
-        losses.append((float(np.mean(taught)), math.nan))
+            yield users
+
+    def loss(users: npt.NDArray[np.int64]) -> Tensor:
+        inputs, items = outputs()
+        wanted = matrix[users]
+        vectors = bag(wanted, inputs) / TEMPERATURE
+        drawn = torch.from_numpy(rng.integers(0, n_items, NEGATIVES)).to(run.device)
+        any_item = (vectors @ items[drawn].T).float().logsumexp(1) + math.log(n_items / NEGATIVES)
+        weight = torch.from_numpy(np.asarray(wanted.sum(1), np.float32).ravel()).to(run.device)
+        own = (vectors * product(wanted, items)).sum(1)
+        return (weight * any_item - own).sum() / weight.sum()
+
+    checkpoint = run.checkpoint(past[:4], items=n_items, decay=half_life_days, width=width, epochs=epochs, seed=seed)
+    losses: Losses = ()
+    if steps:
+        model = nn.ParameterList([table])
+        losses = train(model, [optimiser], batches, loss, None, rng, epochs=epochs, run=run, checkpoint=checkpoint)
     with torch.no_grad():
         inputs, items = outputs()
         items *= of_item**POPULARITY
     return Vectors(
-        items.numpy(),
+        items.cpu().numpy(),
         None,
         history,
-        inputs=inputs.numpy(),
+        inputs=inputs.cpu().numpy(),
         half_life_days=half_life_days,
-        losses=tuple(losses),
+        losses=losses,
     )

@@ -22,6 +22,7 @@ from app.state.events import EventType
 from models.data.times import DAY_MS
 from models.recall import STRENGTH, Interactions, Vectors
 from models.recall.ease import user_items
+from models.recall.training import Losses, Run, train
 
 STEPS = 3
 """Of conjugate gradients for each side in each iteration, starting from the last solution."""
@@ -130,35 +131,37 @@ def fit_bpr(
     epochs: int = 30,
     history: int = 256,
     seed: int = 0,
+    run: Run = Run(),
 ) -> Vectors:
     """Learns that a user wants what is hidden of them more than an item drawn uniformly."""
     matrix = user_items(past, int(past.ts_ms.max(initial=0)), half_life_days)
     rng = np.random.default_rng(seed)
     shape = (matrix.shape[1], width)
     tables = [torch.from_numpy(rng.standard_normal(shape, np.float32) * np.float32(0.1)) for _ in range(2)]
-    inputs, items = (table.requires_grad_() for table in tables)
-    optimiser = torch.optim.Adam([inputs, items], lr=LEARNING_RATE, fused=True)
-    losses = []
-    for _ in range(epochs):
-        taught = []
-        for given, line, target in halves(matrix, min(BATCH, math.ceil(matrix.shape[0] / 16)), rng):
-            users = bag(given, inputs)[line]
-            drawn = torch.from_numpy(rng.integers(0, shape[0], len(target)))
-            ahead = (users * (items[target] - items[drawn])).sum(1)
-            loss = -F.logsigmoid(ahead).mean()
-            optimiser.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimiser.step()
-            taught.append(loss.item())
-        if taught:
-            losses.append((float(np.mean(taught)), math.nan))
+    inputs, items = model = nn.ParameterList([nn.Parameter(table.to(run.device)) for table in tables])
+    optimiser = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE, fused=True)
+
+    def batches(epoch: int) -> Iterator[tuple[sp.csr_matrix, Tensor, Tensor]]:
+        return halves(matrix, min(BATCH, math.ceil(matrix.shape[0] / 16)), rng)
+
+    def loss(batch: tuple[sp.csr_matrix, Tensor, Tensor]) -> Tensor:
+        given, line, target = batch
+        drawn = torch.from_numpy(rng.integers(0, shape[0], len(target)))
+        users = bag(given, inputs)[line.to(run.device)]
+        ahead = (users * (items[target.to(run.device)] - items[drawn.to(run.device)])).sum(1)
+        return -F.logsigmoid(ahead).mean()
+
+    checkpoint = run.checkpoint(past[:4], items=shape[0], decay=half_life_days, width=width, epochs=epochs, seed=seed)
+    losses: Losses = ()
+    if (np.diff(matrix.indptr) > 1).any():
+        losses = train(model, [optimiser], batches, loss, None, rng, epochs=epochs, run=run, checkpoint=checkpoint)
     return Vectors(
-        items.detach().numpy(),
+        items.detach().cpu().numpy(),
         None,
         history,
-        inputs=inputs.detach().numpy(),
+        inputs=inputs.detach().cpu().numpy(),
         half_life_days=half_life_days,
-        losses=tuple(losses),
+        losses=losses,
     )
 
 
@@ -186,15 +189,29 @@ def halves(
         yield given, torch.from_numpy(line[hidden]), torch.from_numpy(batch.indices[hidden].astype(np.int64))
 
 
+def on(matrix: sp.csr_matrix, device: torch.device) -> Tensor:
+    """The same matrix as a tensor."""
+    listed = matrix.tocoo()
+    at = torch.from_numpy(np.stack([listed.row, listed.col]))
+    return torch.sparse_coo_tensor(at, torch.from_numpy(listed.data), matrix.shape, check_invariants=False).to(device)
+
+
+def _times(matrix: sp.csr_matrix, table: Tensor) -> Tensor:
+    if table.device.type == "cpu":
+        return torch.from_numpy(matrix @ table.numpy())
+    with torch.autocast(table.device.type, enabled=False):
+        return on(matrix, table.device) @ table
+
+
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, matrix: sp.csr_matrix, table: Tensor) -> Tensor:
         ctx.matrix = matrix
-        return torch.from_numpy(matrix @ table.detach().numpy())
+        return _times(matrix, table.detach())
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
-        return None, torch.from_numpy(ctx.matrix.T @ gradient.numpy())
+        return None, _times(ctx.matrix.T, gradient)
 
 
 def product(matrix: sp.csr_matrix, table: Tensor) -> Tensor:

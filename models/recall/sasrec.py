@@ -6,13 +6,13 @@ that is read last, in the attention alone, so that every position of training lo
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.recall import Interactions, Vectors, sequences
+from models.recall.training import Run
 
 WIDTH = 64
 HIDDEN = 64
@@ -82,8 +82,7 @@ def fit(
     *,
     history: int = 50,
     seed: int = 0,
-    device: str = "cpu",
-    on_epoch: Callable[[int, float, float], None] = lambda epoch, train, valid: None,
+    run: Run = Run(),
 ) -> Vectors:
     """Reads the last `history` events. See `sequences.fit`."""
     return sequences.fit(
@@ -94,6 +93,5 @@ def fit(
         epochs=EPOCHS,
         history=history,
         seed=seed,
-        device=device,
-        on_epoch=on_epoch,
+        run=run,
     )

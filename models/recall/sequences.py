@@ -2,13 +2,14 @@
 
 The loss decides more than the network does: with binary cross-entropy and one negative the same networks are a third
 worse (Klenitskiy & Vasilev, RecSys 2023; Petrov & Macdonald, RecSys 2023). Here it is a softmax over the batch's own
-targets and uniformly drawn items (mixed negatives; Yang et al., WWW 2020), every sampled logit less the logarithm of
-how often it is sampled (Bengio & Senécal, 2008), of unit vectors over a small temperature.
+targets and drawn items, corrected for how often each is sampled (`negatives`), of unit vectors over a small
+temperature.
 """
 
-import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
+from functools import lru_cache
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,9 @@ from torch import Tensor, nn
 
 from app.state.events import FOLDED
 from models.recall import STRENGTH, Interactions, Vectors
+from models.recall.negatives import Negatives
+from models.recall.streaming import Parts, forever, spilled
+from models.recall.training import Checkpoint, Losses, Run, train
 
 TEMPERATURE = 0.07
 START = 0.02
@@ -86,26 +90,18 @@ class Stretches:
             torch.from_numpy(np.where(target >= start, STRENGTH[self._kind[target]], np.float32(0))),
         )
 
-    def batches(self, chosen: Longs, rng: np.random.Generator) -> list[Longs]:
-        """All of `chosen` in batches of some `TARGETS` targets and of about one length, so with little padding."""
+    def batches(self, rng: np.random.Generator, chosen: Longs | None = None) -> list[Longs]:
+        """All, or those chosen, in batches of some `TARGETS` targets and of about one length, for little padding."""
+        chosen = np.arange(len(self.user)) if chosen is None else chosen
         length = (self.end - self.start)[chosen]
         order = np.lexsort((rng.random(len(chosen)), length))
         batch = np.cumsum(length[order]) // TARGETS
         parts = np.split(chosen[order], np.flatnonzero(np.diff(batch)) + 1)
         return [parts[index] for index in rng.permutation(len(parts))]
 
-    def forever(self, chosen: Longs, rng: np.random.Generator) -> Iterator[Longs]:
-        while True:
-            yield from self.batches(chosen, rng)
-
-    def targeted(self, chosen: Longs) -> Tensor:
-        """float32 [n]: the share of each item among the targets of `chosen`."""
-        edges = np.zeros(len(self._row) + 1)
-        edges[self.start[chosen]] += 1
-        edges[self.end[chosen]] -= 1
-        times = np.cumsum(edges[:-1]) * (STRENGTH[self._kind] > 0)
-        total = np.bincount(self._row, times, minlength=self._n_items)
-        return torch.from_numpy(total / total.sum()).float()
+    def targets(self) -> npt.NDArray[np.int64]:
+        """[n]: how often each item is to be foretold."""
+        return np.bincount(self._row[STRENGTH[self._kind] > 0], minlength=self._n_items)
 
 
 def fit(
@@ -117,8 +113,7 @@ def fit(
     epochs: int,
     history: int,
     seed: int,
-    device: str,
-    on_epoch: Callable[[int, float, float], None],
+    run: Run,
 ) -> Vectors:
     """Trains the encoder that `make` gives, and unit vectors of the items with it, until it foresees the next items
     of held-out users no better, and keeps the best epoch. Validation losses are over the whole catalog.
@@ -128,13 +123,26 @@ def fit(
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    # The service keeps no other events, so the encoder must not learn from them either.
-    stretches = Stretches(past.where(np.isin(past.kind, list(FOLDED))), history)
-    encoder = make().to(device)
+    checkpoint = run.checkpoint(
+        past[:4], items=past.n_items, rate=learning_rate, epochs=epochs, history=history, width=width, seed=seed
+    )
+    encoder = make().to(run.device)
     # Sparse gradients: a step costs what its items cost, not what the catalog does.
-    table = nn.Embedding(past.n_items, width, sparse=True, device=device)
+    table = nn.Embedding(past.n_items, width, sparse=True, device=run.device)
     nn.init.normal_(table.weight, std=START)
-    losses = _train(encoder, table, stretches, learning_rate, epochs, rng, on_epoch) if len(stretches.user) else ()
+    losses: Losses = ()
+    # The service keeps no other events, so the encoder must not learn from them either.
+    kept = np.isin(np.arange(256), list(FOLDED))[past.kind]
+    people = rng.permutation(np.unique(past.user[kept & (STRENGTH > 0)[past.kind]]))
+    if len(people):
+        held = np.zeros(past.user.max() + 1, bool)
+        held[people[: min(int(HELD_OUT * len(people)), VALIDATED)]] = True
+        aside = held[past.user]
+        with spilled(past, kept & ~aside, seed) as parts:
+            valid = past.where(kept & aside) if held.any() else parts[0]
+            losses = _train(
+                encoder, table, parts, Stretches(valid, history), history, learning_rate, epochs, rng, run, checkpoint
+            )
     items = F.normalize(table.weight.detach(), dim=1).cpu().numpy()
     return Vectors(items, encoder.cpu().eval(), history, losses=losses)
 
@@ -142,41 +150,49 @@ def fit(
 def _train(
     encoder: Encoder,
     table: nn.Embedding,
-    stretches: Stretches,
+    parts: Parts,
+    valid: Stretches,
+    history: int,
     learning_rate: float,
     epochs: int,
     rng: np.random.Generator,
-    on_epoch: Callable[[int, float, float], None],
-) -> tuple[tuple[float, float], ...]:
-    people = rng.permutation(np.unique(stretches.user))
-    held = np.isin(stretches.user, people[: int(HELD_OUT * len(people))])
-    train = np.flatnonzero(~held)
-    valid = rng.permutation(np.flatnonzero(held) if held.any() else train)
-    of_valid = np.cumsum((stretches.end - stretches.start)[valid])
-    validation = stretches.batches(valid[: max(1, int((of_valid <= VALIDATED).sum()))], rng)
-    device, n_items = table.weight.device, len(table.weight)
-    targeted = stretches.targeted(train).to(device)
+    run: Run,
+    checkpoint: Checkpoint | None,
+) -> Losses:
+    @lru_cache(maxsize=1)
+    def part(index: int) -> Stretches:
+        return Stretches(parts[index], history)
 
-    def read(chosen: Longs) -> Batch:
+    chosen = rng.permutation(len(valid.user))
+    of_valid = np.cumsum((valid.end - valid.start)[chosen])
+    validation = valid.batches(rng, chosen[: max(1, int((of_valid <= VALIDATED).sum()))])
+    device, n_items = table.weight.device, len(table.weight)
+    times, steps = np.zeros(n_items), 0
+    for index in range(len(parts)):
+        times += part(index).targets()
+        steps += len(part(index).batches(rng))
+    steps = min(max(steps, FEWEST_STEPS), MOST_STEPS)
+    negatives = Negatives(torch.from_numpy(times / times.sum()).float().to(device), UNIFORM)
+
+    def read(stretches: Stretches, chosen: Longs) -> Batch:
         rows, kinds, ages_s, weight = stretches.read(chosen)
         return rows.to(device), kinds.to(device), ages_s.to(device), weight.to(device)
 
-    def loss(chosen: Longs) -> Tensor:
-        rows, kinds, ages_s, weight = read(chosen)
-        drawn = torch.from_numpy(rng.integers(0, n_items, UNIFORM)).to(device)
+    def loss(batch: tuple[int, Longs]) -> Tensor:
+        rows, kinds, ages_s, weight = read(part(batch[0]), batch[1])
+        drawn = negatives.draw(rng)
         # Every item of the batch is looked up once. Row 0 of `vectors` stays for padding.
         distinct, index = torch.unique(torch.cat([rows.new_tensor([-1]), rows.flatten(), drawn]), return_inverse=True)
         vectors = F.pad(F.normalize(table(distinct[1:]), dim=1), (0, 0, 1, 0))
-        of_rows, of_drawn = index[1:].split([rows.numel(), UNIFORM])
+        of_rows, of_drawn = index[1:].split([rows.numel(), len(drawn)])
         of_rows, wanted = of_rows.view(rows.shape), weight > 0
         states = encoder.states(F.embedding(of_rows[:, :-1], vectors), kinds[:, :-1], ages_s[:, :-1])[wanted]
         target, weight = of_rows[:, 1:][wanted], weight[wanted]
         sampled, times = torch.unique(torch.cat([target, of_drawn]), return_counts=True)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            logit = states @ F.embedding(sampled, vectors).T
-        expected = len(target) * targeted[distinct[sampled]] + UNIFORM / n_items
+        logit = states @ F.embedding(sampled, vectors).T
         place = torch.searchsorted(sampled, target)[:, None]
-        logit = (logit + torch.log(times / expected)).scatter(1, place, logit.float().gather(1, place))
+        corrected = logit + negatives.correction(distinct[sampled], times, len(target))
+        logit = corrected.scatter(1, place, logit.float().gather(1, place))
         each = F.cross_entropy(logit, place.squeeze(1), reduction="none")
         total: Tensor = (each * weight).sum() / weight.sum()
         return total
@@ -185,7 +201,7 @@ def _train(
         """The loss, and the mean of 1 / log2(1 + rank), which goes on rising when the network becomes too sure."""
         vectors = F.pad(F.normalize(table.weight, dim=1), (0, 0, 1, 0))
         total = torch.zeros(3, device=device)
-        for rows, kinds, ages_s, weight in map(read, validation):
+        for rows, kinds, ages_s, weight in (read(valid, batch) for batch in validation):
             wanted = weight > 0
             states = encoder.states(F.embedding(rows[:, :-1] + 1, vectors), kinds[:, :-1], ages_s[:, :-1])[wanted]
             columns = states, rows[:, 1:][wanted], weight[wanted]
@@ -203,34 +219,24 @@ def _train(
         torch.optim.Adam(encoder.parameters(), lr=learning_rate, fused=True),
         torch.optim.SparseAdam(table.parameters(), lr=learning_rate),
     )
-    losses: list[tuple[float, float]] = []
-    training = stretches.forever(train, rng)
-    steps = min(max(len(stretches.batches(train, rng)), FEWEST_STEPS), MOST_STEPS)
-    best, waited = 0.0, 0
-    kept = copy.deepcopy((encoder.state_dict(), table.state_dict()))
-    for epoch in range(epochs):
+    position: dict[str, Any] = {}
+    passes = forever(parts, lambda index: part(index).batches(rng), rng, position)
+
+    def batches(epoch: int) -> Iterable[tuple[int, Longs]]:
         for optimiser in optimisers:
             optimiser.param_groups[0]["lr"] = learning_rate * (1.0 - epoch / epochs)
-        taught = []
-        encoder.train()
-        for chosen in islice(training, steps):
-            value = loss(chosen)
-            for optimiser in optimisers:
-                optimiser.zero_grad()
-            value.backward()  # type: ignore[no-untyped-call]
-            for optimiser in optimisers:
-                optimiser.step()
-            taught.append(value.item())
-        encoder.eval()
-        with torch.no_grad():
-            tested, quality = validate()
-        losses.append((float(np.mean(taught)), tested))
-        on_epoch(epoch, *losses[-1])
-        if quality > best:
-            best, waited = quality, 0
-            kept = copy.deepcopy((encoder.state_dict(), table.state_dict()))
-        elif (waited := waited + 1) >= PATIENCE:
-            break
-    encoder.load_state_dict(kept[0])
-    table.load_state_dict(kept[1])
-    return tuple(losses)
+        return islice(passes, steps)
+
+    return train(
+        nn.ModuleList([encoder, table]),
+        optimisers,
+        batches,
+        loss,
+        validate,
+        rng,
+        epochs=epochs,
+        patience=PATIENCE,
+        run=run,
+        checkpoint=checkpoint,
+        position=position,
+    )

@@ -1,8 +1,7 @@
 """A two-tower network: a user's last events and profile on one side, an item's id and content on the other.
 
-Trained by sampled softmax over the batch's own targets (Yi et al., RecSys 2019) and uniformly drawn items
-(mixed negatives; Yang et al., WWW 2020), every sampled logit less the logarithm of how often it is sampled
-(Bengio & Senécal, 2008): without that, popular items are pushed away for being popular.
+Trained by sampled softmax over the batch's own targets (Yi et al., RecSys 2019) and drawn items, corrected for how
+often each is sampled (`negatives`).
 
 Two things beside that carry the quality. Ids start from the leading singular vectors of the user-item matrix,
 which say already who goes with whom (Cremonesi et al., RecSys 2010; Halko et al., 2011). And the network learns
@@ -11,9 +10,9 @@ log(popularity among targets / popularity now), so that the score alone carries 
 (prior shift; Saerens et al., 2002).
 """
 
-import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +25,9 @@ from app.engine.batch import PROFILE_BUCKETS, profile_codes
 from app.state.events import FOLDED, MS_PER_DAY
 from models.recall import STRENGTH, Interactions, Vectors
 from models.recall.item_cf import user_items
+from models.recall.negatives import Negatives
+from models.recall.streaming import PART, Parts, spilled
+from models.recall.training import Checkpoint, Losses, Run, train
 
 WIDTH = 64
 HEADS = 4
@@ -105,13 +107,13 @@ class ItemTower(nn.Module):
         # Sparse gradients: a step costs what its items cost, not what the catalog does.
         self.id = nn.Embedding.from_pretrained(start, freeze=False, sparse=True)  # type: ignore[no-untyped-call]
         self.content = nn.Sequential(nn.Linear(features.shape[1], HIDDEN), nn.GELU(), nn.Linear(HIDDEN, WIDTH))
-        self.features = features
-        self.known = known
+        self.features = nn.Buffer(features, persistent=False)
+        self.known = nn.Buffer(known, persistent=False)
 
     def forward(self, rows: Tensor, dropout: float = 0.0) -> Tensor:
         known = self.known[rows]
         if dropout:
-            known = known * (torch.rand(len(rows)) >= dropout)
+            known = known * (torch.rand(len(rows), device=rows.device) >= dropout)
         return F.normalize(self.id(rows) * known[:, None] + self.content(self.features[rows]), dim=1)
 
 
@@ -175,7 +177,7 @@ def fit(
     history: int = 64,
     profile: int = 8,
     seed: int = 0,
-    on_epoch: Callable[[int, float, float], None] = lambda epoch, train, valid: None,
+    run: Run = Run(),
 ) -> Vectors:
     """Trains until the loss on held-out users stops falling, and keeps the best epoch.
 
@@ -185,53 +187,76 @@ def fit(
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     n_items = past.n_items
+    codes = torch.tensor([profile_codes(attributes, profile) for attributes in profiles])
+    checkpoint = run.checkpoint(
+        (*past[:4], features, codes.numpy()), items=n_items, history=history, profile=profile, seed=seed
+    )
     # The service keeps no other events, so the encoder must not learn from them either.
-    past = past.where(np.isin(past.kind, list(FOLDED)))
-    moments = _Moments(past, history)
-    held = np.zeros(len(profiles), bool)
-    people = rng.permutation(np.unique(moments.user))
-    held[people[: int(HELD_OUT * len(people))]] = True
-
-    # The start must not know the held-out users, or validation would find it better than it is.
-    start = _spectral(past.where(~held[past.user]), rng)
-    known = torch.from_numpy((np.bincount(past.row, minlength=n_items) >= FEWEST).astype(np.float32))
-    items, users = ItemTower(torch.from_numpy(start), torch.from_numpy(features), known), UserTower()
-    losses: list[tuple[float, float]] = []
-    if len(moments.at):
-        codes = torch.tensor([profile_codes(attributes, profile) for attributes in profiles])
-        _train(items, users, moments, held, codes, _now(past), rng, losses, on_epoch)
+    kept = np.isin(np.arange(256), list(FOLDED))[past.kind]
+    people = rng.permutation(np.unique(past.user[kept & (STRENGTH > 0)[past.kind]]))
+    held = np.zeros(past.user.max(initial=0) + 1, bool)
+    held[people[: min(int(HELD_OUT * len(people)), VALIDATED)]] = True
+    aside, now_ms = held[past.user], int(past.ts_ms[kept].max(initial=0))
+    times = np.zeros(n_items)
+    np.add.at(times, past.row, kept)
+    known = torch.from_numpy((times >= FEWEST).astype(np.float32))
+    losses: Losses = ()
+    with spilled(past, kept & ~aside, seed) as parts:
+        # The start must not know the held-out users, or validation would find it better than it is.
+        start = _spectral([user_items(parts[index], HALF_LIFE_DAYS) for index in range(len(parts))], rng)
+        items = ItemTower(torch.from_numpy(start), torch.from_numpy(features), known).to(run.device)
+        users = UserTower().to(run.device)
+        if len(people):
+            valid = _Moments(past.where(kept & aside) if held.any() else parts[0], history)
+            now = _now(past, now_ms)
+            losses = _train(items, users, parts, valid, history, codes, now, now_ms, rng, run, checkpoint)
     with torch.inference_mode():
-        vectors = torch.cat([items(rows) for rows in torch.split(torch.arange(n_items), 65_536)])
-    return Vectors(vectors.numpy(), users.eval(), history, profile, losses=tuple(losses))
+        rows = torch.arange(n_items, device=run.device)
+        vectors = torch.cat([items(part).cpu() for part in torch.split(rows, 65_536)])
+    return Vectors(vectors.numpy(), users.cpu().eval(), history, profile, losses=losses)
 
 
 def _train(
     items: ItemTower,
     users: UserTower,
-    moments: _Moments,
-    held: npt.NDArray[np.bool_],
+    parts: Parts,
+    valid: _Moments,
+    history: int,
     codes: Tensor,
     now: Tensor,
+    now_ms: int,
     rng: np.random.Generator,
-    losses: list[tuple[float, float]],
-    on_epoch: Callable[[int, float, float], None],
-) -> None:
-    n_items = len(now)
-    owner = torch.from_numpy(moments.user.astype(np.int64))
-    weight = np.exp2(-(moments.ts_ms.max() - moments.ts_ms) / MS_PER_DAY / HALF_LIFE_DAYS)
-    validating = held[moments.user]
-    train = np.flatnonzero(~validating)
-    chance = weight[train] / weight[train].sum()
-    valid = np.flatnonzero(validating) if validating.any() else train
-    if len(valid) > VALIDATED:
-        valid = rng.choice(valid, VALIDATED, replace=False, p=weight[valid] / weight[valid].sum())
-    targeted = _targeted(moments, torch.from_numpy(train), torch.from_numpy(chance).float(), n_items)
+    run: Run,
+    checkpoint: Checkpoint | None,
+) -> Losses:
+    n_items, device = len(now), items.id.weight.device
+
+    def weight(moments: _Moments) -> npt.NDArray[np.float64]:
+        found: npt.NDArray[np.float64] = np.exp2(-(now_ms - moments.ts_ms) / MS_PER_DAY / HALF_LIFE_DAYS)
+        return found
+
+    @lru_cache(maxsize=1)
+    def part(index: int) -> tuple[_Moments, npt.NDArray[np.float64]]:
+        moments = _Moments(parts[index], history)
+        return moments, weight(moments)
+
+    tested = np.arange(len(valid.at))
+    if len(tested) > VALIDATED:
+        tested = rng.choice(tested, VALIDATED, replace=False, p=weight(valid) / weight(valid).sum())
+    sizes = [(len(weights), weights.sum()) for _, weights in map(part, range(len(parts)))]
+    total, weight_sum = (sum(column) for column in zip(*sizes, strict=True))
+    targeted = torch.zeros(n_items)
+    for moments, weights in map(part, range(len(parts))):
+        targeted += _targeted(moments, torch.from_numpy(weights / weight_sum).float(), n_items)
+    targeted /= targeted.sum()
     now = (1.0 - NOW_FLOOR) * now + NOW_FLOOR * targeted
     shift = torch.where(targeted > 0, torch.log(targeted / now.clamp(min=1e-12)), 0.0)
+    shift, negatives = shift.to(device), Negatives(targeted.to(device), UNIFORM)
 
-    def loss(chosen: Tensor, drawn: Tensor, dropout: float) -> Tensor:
-        past, kinds, ages_s = moments.before(chosen)
-        wanted, strength = moments.after(chosen)
+    def loss(moments: _Moments, chosen: Tensor, drawn: Tensor, dropout: float) -> Tensor:
+        past, kinds, ages_s = (column.to(device) for column in moments.before(chosen))
+        wanted, strength = (column.to(device) for column in moments.after(chosen))
+        profile = codes[moments.user[chosen.numpy()]].to(device)
         moment, place = (wanted >= 0).nonzero(as_tuple=True)
         target = wanted[moment, place]
         # Every item of the batch goes through the tower once. Row 0 of `vectors` stays for padding.
@@ -240,15 +265,15 @@ def _train(
         )
         vectors = F.pad(items(rows[1:], dropout), (0, 0, 1, 0))
         of_past, of_sampled = index[1 : 1 + past.numel()], index[1 + past.numel() :]
-        vector = users(F.embedding(of_past, vectors).view(*past.shape, WIDTH), kinds, ages_s, codes[owner[chosen]])
+        vector = users(F.embedding(of_past, vectors).view(*past.shape, WIDTH), kinds, ages_s, profile)
         sampled, times = torch.unique(of_sampled, return_counts=True)
         row = rows[sampled]
         logit = vector @ F.embedding(sampled, vectors).T + shift[row]
-        expected = len(target) * targeted[row] + len(drawn) / n_items
         column = torch.searchsorted(sampled, of_sampled[: len(target)])
         own = logit[moment, column]
         # No wanted item may serve as a negative of its own moment.
-        others = (logit + torch.log(times / expected)).index_put((moment, column), torch.tensor(-torch.inf))
+        logit = logit + negatives.correction(row, times, len(target))
+        others = logit.index_put((moment, column), logit.new_tensor(-torch.inf))
         rest = others.logsumexp(1)[moment]
         weights = strength[moment, place] / (wanted >= 0).sum(1)[moment]
         total: Tensor = ((torch.logaddexp(own, rest) - own) * weights).sum() / weights.sum()
@@ -259,67 +284,77 @@ def _train(
         torch.optim.Adam([*dense, *users.parameters()], lr=LEARNING_RATE, fused=True),
         torch.optim.SparseAdam([items.id.weight], lr=LEARNING_RATE),
     )
-    size = min(len(train), max(EPOCH, len(train) // 8))
-    validation = torch.split(torch.from_numpy(valid), BATCH)
-    negatives = [torch.from_numpy(rng.integers(0, n_items, UNIFORM)) for _ in validation]
-    best, waited = math.inf, 0
-    kept = copy.deepcopy((items.state_dict(), users.state_dict()))
-    for epoch in range(MOST_EPOCHS):
-        taught = []
-        for chosen in torch.split(torch.from_numpy(rng.choice(train, size, p=chance)), BATCH):
-            value = loss(chosen, torch.from_numpy(rng.integers(0, n_items, UNIFORM)), ID_DROPOUT)
-            for optimiser in optimisers:
-                optimiser.zero_grad()
-            value.backward()  # type: ignore[no-untyped-call]
-            for optimiser in optimisers:
-                optimiser.step()
-            taught.append(value.item())
-        with torch.no_grad():
-            tested = [loss(*pair, 0.0).item() for pair in zip(validation, negatives, strict=True)]
-        losses.append((float(np.mean(taught)), float(np.mean(tested))))
-        on_epoch(epoch, *losses[-1])
-        if losses[-1][1] < best - 1e-4:
-            best, waited = losses[-1][1], 0
-            kept = copy.deepcopy((items.state_dict(), users.state_dict()))
-        elif (waited := waited + 1) >= PATIENCE:
-            break
-    items.load_state_dict(kept[0])
-    users.load_state_dict(kept[1])
+    size = min(total, max(EPOCH, total // 8))
+    validation = torch.split(torch.from_numpy(tested), BATCH)
+    drawn = [negatives.draw(rng) for _ in validation]
+
+    def batches(epoch: int) -> Iterator[tuple[_Moments, Tensor]]:
+        counts = rng.multinomial(size, [weights / weight_sum for _, weights in sizes])
+        for index in rng.permutation(np.flatnonzero(counts)).tolist():
+            moments, weights = part(index)
+            chosen = rng.choice(len(weights), counts[index], p=weights / weights.sum())
+            yield from ((moments, batch) for batch in torch.split(torch.from_numpy(chosen), BATCH))
+
+    def taught(batch: tuple[_Moments, Tensor]) -> Tensor:
+        return loss(*batch, negatives.draw(rng), ID_DROPOUT)
+
+    def validate() -> tuple[float, float]:
+        pairs = zip(validation, drawn, strict=True)
+        mean = float(np.mean([loss(valid, *pair, 0.0).item() for pair in pairs]))
+        return mean, -mean
+
+    return train(
+        nn.ModuleList([items, users]),
+        optimisers,
+        batches,
+        taught,
+        validate,
+        rng,
+        epochs=MOST_EPOCHS,
+        patience=PATIENCE,
+        margin=1e-4,
+        run=run,
+        checkpoint=checkpoint,
+    )
 
 
-def _targeted(moments: _Moments, train: Tensor, chance: Tensor, n_items: int) -> Tensor:
-    """float32 [n]: the share of each item among the targets that training will see."""
+def _targeted(moments: _Moments, chance: Tensor, n_items: int) -> Tensor:
+    """float32 [n]: how much of each item there is among the targets that training will see."""
     total = torch.zeros(n_items)
-    for chosen, weight in zip(torch.split(train, 65_536), torch.split(chance, 65_536), strict=True):
+    for chosen in torch.split(torch.arange(len(chance)), 65_536):
         rows, _ = moments.after(chosen)
         moment, place = (rows >= 0).nonzero(as_tuple=True)
-        total += torch.bincount(rows[moment, place], weight[moment], minlength=n_items)
-    return total / total.sum()
+        total += torch.bincount(rows[moment, place], chance[chosen][moment], minlength=n_items)
+    return total
 
 
-def _now(past: Interactions) -> Tensor:
+def _now(past: Interactions, now_ms: int) -> Tensor:
     """float32 [n]: the share of each item in what is wanted now."""
-    age_days = (past.ts_ms.max() - past.ts_ms) / MS_PER_DAY
-    total = np.bincount(past.row, STRENGTH[past.kind] * np.exp2(-age_days / NOW_DAYS), minlength=past.n_items)
+    total = np.zeros(past.n_items)
+    for start in range(0, len(past.user), PART):
+        _, row, ts_ms, kind, n_items = past.where(np.s_[start : start + PART])
+        weight = STRENGTH[kind] * np.exp2(-((now_ms - ts_ms) / MS_PER_DAY) / NOW_DAYS)
+        total += np.bincount(row, weight, minlength=n_items)
     return torch.from_numpy(total / max(total.sum(), 1e-12)).float()
 
 
-def _spectral(past: Interactions, rng: np.random.Generator) -> npt.NDArray[np.float32]:
-    """[n, 64] of mean square length 1: the leading right singular vectors of the user-item matrix, items damped
-    by the root of their strength, each vector times the root of its singular value."""
-    matrix, n_items = user_items(past, HALF_LIFE_DAYS), past.n_items
-    if not matrix.nnz:
+def _spectral(parts: Sequence[sp.csr_matrix], rng: np.random.Generator) -> npt.NDArray[np.float32]:
+    """[n, 64] of mean square length 1: the leading right singular vectors of the user-item matrix, given in parts
+    of its rows, items damped by the root of their strength, each vector times the root of its singular value."""
+    n_items = parts[0].shape[1]
+    if not any(part.nnz for part in parts):
         return np.zeros((n_items, WIDTH), np.float32)
-    strength = np.asarray(matrix.multiply(matrix).sum(0)).ravel()
+    strength = np.sum([part.multiply(part).sum(0) for part in parts], axis=0).ravel()
     damped = 1.0 / np.sqrt(strength + 0.3 * strength[strength > 0].mean())
-    matrix = (matrix @ sp.diags_array(damped.astype(np.float32))).tocsr()
-    transposed = matrix.T.tocsr()
+    scale = sp.diags_array(damped.astype(np.float32))
+    # Without the users of other parts.
+    parts = [(part[np.diff(part.indptr) > 0] @ scale).tocsr() for part in parts]
     width = min(n_items, WIDTH + 16)
     basis = np.linalg.qr(rng.standard_normal((n_items, width)).astype(np.float32))[0]
     for _ in range(4):
-        basis = np.linalg.qr(transposed @ (matrix @ basis))[0]
-    small = matrix @ basis
-    _, squared, right = np.linalg.svd(small.T @ small)
+        basis = np.linalg.qr(sum(part.T @ (part @ basis) for part in parts))[0]
+    small = [part @ basis for part in parts]
+    _, squared, right = np.linalg.svd(sum(part.T @ part for part in small))
     vectors = np.zeros((n_items, WIDTH), np.float32)
     kept = min(width, WIDTH)
     vectors[:, :kept] = (basis @ right.T[:, :kept]) * squared[:kept] ** 0.25

@@ -92,12 +92,30 @@ def test_best_first_is_a_stable_sort(scores: list[list[float]], k: int) -> None:
         begin += len(own)
 
 
-@given(st.lists(st.lists(FLOATS, min_size=30, max_size=30), min_size=1, max_size=4), st.integers(1, 30))
-def test_nearest_is_a_stable_sort(scores: list[list[float]], k: int) -> None:
-    score = np.array(scores, np.float32)
-    rows, best = kernels.nearest(score, k)
-    assert rows.tolist() == np.argsort(-score, axis=1, kind="stable")[:, :k].tolist()
-    assert best.tolist() == np.take_along_axis(score, rows, 1).tolist()
+@given(st.integers(0, 2**32), st.integers(1, 3000), st.integers(1, 60))
+@settings(max_examples=50, deadline=None)
+def test_nearest_is_the_exact_order(seed: int, items: int, k: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    vectors, users = (torch.randn(size, 16, generator=generator) for size in (items, 3))
+    vectors = vectors.half()
+    k = min(k, items)
+    rough = (users.bfloat16() @ vectors.bfloat16().t()).view(torch.uint16)
+    rows, best = kernels.nearest(rough.numpy(), users.numpy(), vectors.view(torch.uint16).numpy(), k)
+    exact = users @ vectors.float().t()
+    np.testing.assert_allclose(best, exact.topk(k).values, atol=1e-4)
+    np.testing.assert_allclose(best, np.take_along_axis(exact.numpy(), rows, 1), atol=1e-4)
+    assert all(len(set(line)) == k for line in rows.tolist())
+
+
+def test_nearest_falls_back_where_the_sample_misleads() -> None:
+    # Every 8th is sampled, and they alone score high.
+    vectors = torch.zeros(4096, 1)
+    vectors[::8] = torch.linspace(1, 2, 512)[:, None]
+    users = torch.ones(1, 1)
+    rough = (users.bfloat16() @ vectors.bfloat16().t()).view(torch.uint16)
+    rows, best = kernels.nearest(rough.numpy(), users.numpy(), vectors.half().view(torch.uint16).numpy(), 1000)
+    assert rows[0, :512].tolist() == [*range(4088, -1, -8)]
+    assert (best[0, 512:] == 0).all()
 
 
 def test_selection_among_thousands_of_ties() -> None:

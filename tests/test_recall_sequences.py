@@ -219,7 +219,7 @@ def test_the_engine_reads_what_the_encoder_was_trained_on(tmp_path: Path, compil
         (lambda read: read[1:], "latest_inputs.safetensors has 39 vectors for 40 items"),
         (lambda read: read.float(), r"latest_inputs.safetensors is of torch.float32 \[40, 3\], not float16"),
         (lambda read: read[:, 0], r"latest_inputs.safetensors is of torch.float16 \[40\], not float16"),
-        (lambda read: read[:, :2], r"latest.pt2 gives \[1, 3\], latest.safetensors \[40, 4\]"),
+        (lambda read: read[:, :2], r"users of 'latest' are 3 wide, latest.safetensors \[40, 4\]"),
     ],
 )
 def test_inputs_that_do_not_fit_are_refused(tmp_path: Path, change: Callable[[Tensor], Tensor], message: str) -> None:

@@ -45,6 +45,12 @@ OWN = 3
 """Ways in which a user can have met an item: viewed, put in the cart, bought."""
 AHEAD = 8
 """Candidates between asking for an item's columns and reading them."""
+SAMPLE = 512
+"""Scores from which a bound for the best of all is taken."""
+BLOCK = 32
+"""Scores that are passed over together."""
+REORDERED = {"reassoc", "contract"}
+"""What a compiler may do to a sum for it to be several at a time."""
 LANES = 128
 """Rows that go through a forest together: their features stay in the first-level cache."""
 
@@ -444,27 +450,69 @@ def merge(
     return of_query[:count].copy(), of_row[:count].copy(), scores, ranks, best
 
 
-@njit("Tuple((i8[:, ::1], f4[:, ::1]))(f4[:, ::1], i8)", cache=True, nogil=True)
-def nearest(score: Floats, k: int) -> tuple[Longs, Floats]:
-    """Of every line of `score` [B, n] the columns [B, k] of the best, best first, and their scores; k <= n."""
-    size, columns = score.shape
+@njit("f4(u2)", inline="always")
+def _brain(bits: np.uint16) -> np.float32:
+    """The float32 value of a bfloat16 given by its bits."""
+    return _float(np.uint32(bits) << np.uint32(16))
+
+
+@njit("i8(u2[::1], f4, i8[::1])", cache=True, nogil=True)
+def _above(score: Halves, bound: np.float32, found: Longs) -> int:
+    """Fills `found` with where the bfloat16 scores are at least `bound`; returns how many these are."""
+    whole = len(score) // BLOCK
+    blocks = score[: whole * BLOCK].reshape(whole, BLOCK)
+    count = 0
+    for block in range(whole + 1):
+        # Of a length that the compiler knows, or it takes the scores one by one.
+        hit = np.int32(block == whole)
+        if block < whole:
+            for place in range(BLOCK):
+                hit |= np.int32(_brain(blocks[block, place]) >= bound)
+        if hit:
+            for column in range(block * BLOCK, min(block * BLOCK + BLOCK, len(score))):
+                found[count] = column
+                count += _brain(score[column]) >= bound
+    return count
+
+
+@njit(
+    "Tuple((i8[:, ::1], f4[:, ::1]))(u2[:, ::1], f4[:, ::1], u2[:, ::1], i8)",
+    cache=True,
+    nogil=True,
+    fastmath=REORDERED,
+)
+def nearest(rough: Halves, users: Floats, vectors: Halves, k: int) -> tuple[Longs, Floats]:
+    """The rows [B, k] of the `vectors` [n, d] with the greatest dot products with each of `users` [B, d], and these.
+
+    `rough` [B, n] are the products in bfloat16. A sample of them tells from which on there should be several times k
+    and not many more; most are then passed over many at a time, and exact is the product of what remains. k <= n.
+    """
+    size, columns = rough.shape
+    width = vectors.shape[1]
     found, best = np.empty((size, k), np.int64), np.empty((size, k), np.float32)
-    histogram, keys = np.zeros(BUCKETS, np.int32), np.empty(columns + 1, np.uint64)
+    histogram, keys = np.zeros(BUCKETS, np.int32), np.empty(columns + SAMPLE, np.uint64)
+    rows = np.empty(columns + 1, np.int64)
+    stride = max(1, columns // SAMPLE)
+    sampled = (columns + stride - 1) // stride
+    wanted = min(2 * k * sampled // columns + 8, sampled)
     for one in range(size):
-        # As `_select` does, but keys are made only of what may be among the best.
-        for column in range(columns):
-            histogram[_descending(score[one, column]) >> np.uint32(20)] += 1
-        total, last = 0, 0
-        while total < k:
-            total += histogram[last]
-            last += 1
-        histogram[:] = 0
-        kept = 0
-        for column in range(columns):
-            descending = _descending(score[one, column])
-            keys[kept] = (np.uint64(descending) << np.uint64(32)) | np.uint64(column)
-            kept += np.int64(descending >> np.uint32(20)) < last
-        ascending = _best(keys, kept, k, histogram)
+        for place in range(sampled):
+            keys[place] = np.uint64(_descending(_brain(rough[one, place * stride]))) << np.uint64(32)
+        bound = _score(np.uint32(_best(keys, sampled, wanted, histogram)[wanted - 1] >> np.uint64(32)))
+        count = _above(rough[one], bound, rows)
+        if count < k:
+            count = _above(rough[one], -np.float32(np.inf), rows)
+        for place in range(count):
+            if place + AHEAD < count:
+                at = rows[place + AHEAD] * width
+                for line in range(at, at + width, 32):
+                    _prefetch(vectors, line)
+                _prefetch(vectors, at + width - 1)
+            total = np.float32(0)
+            for column in range(width):
+                total += users[one, column] * _single(vectors[rows[place], column])
+            keys[place] = (np.uint64(_descending(total)) << np.uint64(32)) | np.uint64(rows[place])
+        ascending = _best(keys, count, k, histogram)
         for rank in range(k):
             found[one, rank] = np.int64(ascending[rank] & np.uint64(0xFFFFFFFF))
             best[one, rank] = _score(np.uint32(ascending[rank] >> np.uint64(32)))

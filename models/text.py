@@ -52,8 +52,8 @@ def with_text_vectors(tables: Tables, model: Encoder) -> Tables:
         odd = distinct[int(np.flatnonzero(~np.isfinite(found).all(1))[0])]
         raise DataError(f"the text model made a vector that is not finite of {odd!r:.60}")
     place = {text: number for number, text in enumerate(distinct)}
-    vectors = pl.Series("text_vector", [found[place[text]].tolist() if text else None for text in texts])
-    items = tables.items.with_columns(vectors.cast(pl.List(pl.Float32)))
+    vectors = pl.Series("text_vector", found).cast(pl.List(pl.Float32))
+    items = tables.items.with_columns(vectors.gather(pl.Series([place.get(text) for text in texts], dtype=pl.UInt32)))
     return Tables(tables.events, items, tables.users, tables.report)
 
 

@@ -58,7 +58,7 @@ def features(items: pl.DataFrame) -> Floats:
     columns: list[npt.NDArray[np.floating]] = [_project(terms, names), np.stack([standing, known], 1) / 4.0]
     if (vectors := _vectors(items)) is not None:
         if vectors.shape[1] > WIDTH:
-            vectors = _project(sp.csr_matrix(vectors), [f"vector {place}" for place in range(vectors.shape[1])])
+            vectors = vectors @ _projection([f"vector {place}" for place in range(vectors.shape[1])])
         columns.append(_standardised(vectors))
     return np.concatenate(columns, 1).astype(np.float32)
 
@@ -162,15 +162,19 @@ def _unit(matrix: sp.csr_matrix) -> sp.csr_matrix:
 
 
 def _project(terms: sp.csr_matrix, names: list[str]) -> Floats:
+    dense: Floats = (terms @ _projection(names)).toarray()
+    return dense
+
+
+def _projection(names: list[str]) -> sp.csr_matrix:
+    """float32 [len(names), WIDTH]."""
     bits = np.frombuffer(b"".join(blake2b(name.encode(), digest_size=2 * SIGNS).digest() for name in names), np.uint16)
     bits = bits.reshape(len(names), SIGNS)
     run = WIDTH // SIGNS
     column = (bits >> 1) % run + np.arange(SIGNS) * run
     sign = np.where(bits & 1, 1.0, -1.0).astype(np.float32) / np.float32(math.sqrt(SIGNS))
     start = np.arange(len(names) + 1) * SIGNS
-    projection = sp.csr_matrix((sign.ravel(), column.ravel(), start), shape=(len(names), WIDTH))
-    dense: Floats = (terms @ projection).toarray()
-    return dense
+    return sp.csr_matrix((sign.ravel(), column.ravel(), start), shape=(len(names), WIDTH))
 
 
 def _steps(log_price: npt.NDArray[np.float64]) -> tuple[sp.csr_matrix, list[int]]:
@@ -231,7 +235,7 @@ def _vectors(items: pl.DataFrame) -> Floats | None:
             width = int(column.list.len().max())  # type: ignore[arg-type]
             vectors = np.zeros((len(items), width), np.float32)
             given = column.is_not_null().to_numpy()
-            vectors[given] = np.array(column.drop_nulls().to_list(), np.float32)
+            vectors[given] = column.drop_nulls().explode().to_numpy().reshape(-1, width)
             found.append(_of_length_one(vectors))
     return _of_length_one(np.concatenate(found, 1)) if found else None
 

@@ -27,6 +27,7 @@ from models.ranking import RANKERS
 from models.recall.training import Board, Run
 from models.result import sheets
 from models.sources import MODELS, STANDARD, Progress
+from models.text import sentence_model, with_text_vectors
 from models.train import ENOUGH, Trained
 from models.train import train as trained_on
 
@@ -45,6 +46,10 @@ LabelDays = Annotated[
 
 Models = Annotated[str, typer.Option(help=f"Models to draw on, separated by commas, of {', '.join(MODELS)}.")]
 STANDARD_MODELS = ",".join(STANDARD)
+TextModel = Annotated[
+    str | None,
+    typer.Option(help="A sentence-transformers model, by name or folder, that reads titles and descriptions too."),
+]
 Ranker = Annotated[str, typer.Option(help=f"How candidates are ranked: {', '.join(RANKERS)}.")]
 Device = Annotated[
     Literal["auto", "cpu", "cuda"], typer.Option(help="Where networks are learned; auto is the GPU if there is one.")
@@ -85,6 +90,7 @@ def tables_of(
     retail: Path | None,
     column: list[str] | None,
     categories: Path | None = None,
+    text_model: str | None = None,
 ) -> Tables:
     """The shop's history as the command line names it, with what was dropped printed."""
     if (events is None) == (retail is None):
@@ -96,7 +102,7 @@ def tables_of(
         named = dict(each.partition("=")[::2] for each in column or ())
         tables = read_tables(events, items, users, named, categories=categories)
     console.print(tables.report)
-    return tables
+    return tables if text_model is None else with_text_vectors(tables, sentence_model(text_model))
 
 
 def written(path: Path, text: str) -> None:
@@ -178,6 +184,7 @@ def train(
     label_days: LabelDays = None,
     models: Models = STANDARD_MODELS,
     ranker: Ranker = "mlp",
+    text_model: TextModel = None,
     seed: Seed = 0,
     device: Device = "auto",
     checkpoints: Annotated[
@@ -192,7 +199,7 @@ def train(
         names = chosen(models, ranker)
         with progress() as shown, running(checkpoints, resume, tensorboard, device) as run:
             bundle, trained = trained_on(
-                tables_of(events, items, users, retail, column, categories),
+                tables_of(events, items, users, retail, column, categories, text_model),
                 bundles or Settings().bundles,
                 seed=seed,
                 windows=windows,
@@ -221,6 +228,7 @@ def evaluate(
     label_days: LabelDays = None,
     models: Models = STANDARD_MODELS,
     ranker: Ranker = "mlp",
+    text_model: TextModel = None,
     seed: Seed = 0,
     device: Device = "auto",
     out: Annotated[Path | None, typer.Option(help="Write all that was found here, for `millirec report`.")] = None,
@@ -230,7 +238,7 @@ def evaluate(
     cut_ms = int(cut.replace(tzinfo=UTC).timestamp() * 1000)
     with one_line_errors(), tempfile.TemporaryDirectory() as temporary:
         names = chosen(models, ranker)
-        tables = tables_of(events, items, users, retail, column, categories)
+        tables = tables_of(events, items, users, retail, column, categories, text_model)
         root = bundles or Path(temporary)
         version = current(root)
         bundle = open_bundle(root / version) if version else None

@@ -30,6 +30,7 @@ from models.catalog import Items
 from models.data import DataError, Tables
 from models.data.log import Log
 from models.ranking import RANKERS, Examples, Ranker, ndcg, split, stack, weights
+from models.recall import content
 from models.recall.training import Run
 from models.sources import STANDARD, WINDOW, Fitted, Progress, fit
 
@@ -261,6 +262,7 @@ def train(
             "seed": seed,
             "parameters": {
                 "models": models,
+                "modalities": [name for name in content.MODALITIES if name in catalog.columns],
                 "ranker": ranker,
                 "windows": windows,
                 "label_days": plan.label_days,

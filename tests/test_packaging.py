@@ -46,7 +46,7 @@ def names(requirements: Sequence[str]) -> set[str]:
 RUNTIME = names(PROJECT["dependencies"])
 SERVICE = RUNTIME | names(EXTRAS["cpu"])
 TRAIN = SERVICE | names(EXTRAS["train"])
-TESTS = TRAIN | names(EXTRAS["dev"])
+TESTS = TRAIN | names(EXTRAS["dev"]) | names(EXTRAS["text"])
 
 
 def run(*command: str, env: Mapping[str, str] | None = None) -> "subprocess.CompletedProcess[str]":

@@ -155,6 +155,36 @@ def test_what_cannot_be_learned_from_is_refused(name: str, spoil: Callable[[Exam
         RANKERS[name](spoil(planted(RULES["sum"], 10, seed=0)), seed=0)
 
 
+def few(queries: int, slate: int, columns: int = 5, scale: float = 1.0) -> Examples:
+    """The first of each slate is wanted, in every other slate if it is the only one."""
+    features = torch.randn(queries * slate, columns, generator=torch.Generator().manual_seed(0)) * scale
+    label = torch.zeros(queries, slate)
+    label[:: 2 if slate == 1 else 1, 0] = 1.0
+    return Examples(features, torch.arange(queries).repeat_interleave(slate), label.flatten())
+
+
+LITTLE = {
+    "two slates of two": few(2, 2),
+    "slates of one": few(40, 1),
+    "one column": few(20, 10, columns=1),
+    "enormous": few(20, 10, scale=1e30),
+    "minute": few(20, 10, scale=1e-30),
+}
+
+
+@pytest.mark.parametrize("case", LITTLE)
+@pytest.mark.parametrize("name", RANKERS)
+def test_little_is_learned_from_or_refused(name: str, case: str) -> None:
+    examples = LITTLE[case]
+    try:
+        ranker = RANKERS[name](examples, seed=0)
+    except ValueError as error:
+        assert name == "trees" and "no tree found a condition" in str(error)
+    else:
+        with torch.inference_mode():
+            assert ranker(examples.features).isfinite().all()
+
+
 def test_clicks_teach_what_too_few_purchases_cannot() -> None:
     rule, held = RULES["product"], planted(RULES["product"], 200, seed=1)
     clicks = planted(rule, 1000, seed=0)

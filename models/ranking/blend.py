@@ -39,10 +39,16 @@ def fit(
     *,
     seed: int,
     on_epoch: Callable[[int, float, float], None] = lambda epoch, train, valid: None,
-) -> Blend:
-    """Fits both to the same lists and adds up their log-odds. Raises `ValueError` where there is nothing to learn."""
+) -> Blend | Network:
+    """Fits both to the same lists and adds up their log-odds; the network alone where lists are too few for a tree.
+
+    Raises `ValueError` where there is nothing to learn.
+    """
     network = mlp.fit(examples, seed=seed, on_epoch=on_epoch)
-    forest = trees.fit(examples, seed=seed, on_epoch=on_epoch)
+    try:
+        forest = trees.fit(examples, seed=seed, on_epoch=on_epoch)
+    except ValueError:
+        return network
     blend = Blend(network, forest)
     parts = split(examples, torch.Generator().manual_seed(seed))
     rows = rows_of(torch.cat([parts.held, parts.quiet]), sizes(examples))

@@ -10,8 +10,8 @@ from app.engine.merge import ABSENT, Candidates
 from app.engine.ranking import weighted
 from models.ranking.examples import Examples, ndcg, of_query, rows_of, sizes, split
 
-QUERIES = 1_000
-"""Queries learned from, at most: there are few weights."""
+CANDIDATES = 250_000
+"""Learned from, at most, or so: there are few weights."""
 STEPS = 100
 LEARNING_RATE = 0.1
 LEAST = 0.01
@@ -26,7 +26,8 @@ def fit(examples: Examples, sources: Sequence[str], *, seed: int) -> dict[str, f
     `examples` name their columns. Raises `ValueError` where they teach nothing.
     """
     parts = split(examples, torch.Generator().manual_seed(seed))
-    learned, held = (_only(examples, queries) for queries in (parts.train[:QUERIES], parts.held))
+    few = 1 + CANDIDATES * (1 + int(examples.query.max())) // len(examples.query)
+    learned, held = (_only(examples, queries[:few], sources) for queries in (parts.train, parts.held))
     inputs = scaled(learned, sources).t().double()
     wanted = of_query(learned, learned.label)
     share = learned.label / wanted[learned.query]
@@ -44,7 +45,7 @@ def fit(examples: Examples, sources: Sequence[str], *, seed: int) -> dict[str, f
     found = F.softplus(raw.detach()).float()
     found = (found / found.max()).clamp(min=LEAST)
     said = scaled(held, sources)
-    everyone = torch.arange(len(parts.held))
+    everyone = torch.arange(min(few, len(parts.held)))
     if ndcg(held, everyone, found @ said).mean() < ndcg(held, everyone, said.sum(0)).mean():
         found = torch.ones(len(sources))
     return dict(zip(sources, found.tolist(), strict=True))
@@ -63,9 +64,11 @@ def scaled(examples: Examples, sources: Sequence[str]) -> Tensor:
     return torch.stack(found)
 
 
-def _only(examples: Examples, queries: Tensor) -> Examples:
-    """Of these queries, in their order."""
+def _only(examples: Examples, queries: Tensor, sources: Sequence[str]) -> Examples:
+    """Of these queries, in their order, what these sources say."""
     size = sizes(examples)
     rows = rows_of(queries, size)
     query = torch.repeat_interleave(torch.arange(len(queries)), size[queries])
-    return Examples(examples.features[rows], query, examples.label[rows], names=examples.names)
+    names = tuple(f"{name}.{part}" for name in sources for part in ("score", "rank"))
+    columns = torch.tensor([examples.names.index(name) for name in names])
+    return Examples(examples.features[rows[:, None], columns], query, examples.label[rows], names=names)

@@ -6,6 +6,7 @@ hash, makes it dense while keeping the cosines (Achlioptas, 2003; Kane & Nelson,
 is fitted that a new item would need.
 """
 
+import json
 import math
 import re
 from collections.abc import Iterable
@@ -21,12 +22,15 @@ from models.recall import Neighbours
 
 Floats = npt.NDArray[np.float32]
 
-WORDS, GRAMS, CATEGORY, BRAND, PRICE, VECTOR = 0.4, 0.1, 0.25, 0.15, 0.1, 0.5
+WORDS, GRAMS, DESCRIPTION, CATEGORY, BRAND, PRICE, VECTOR = 0.4, 0.1, 0.2, 0.25, 0.15, 0.1, 0.5
 """Shares in the likeness of two items that have everything; what an item lacks leaves its share to the rest."""
 GRAM = 4
 PRICE_STEP = math.log(1.5)
 """Prices further apart than this have nothing in common."""
+MODALITIES = ("vector", "text_vector")
+"""Columns of given vectors, of equal say: the shop's own, of images or whatever, and those of a sentence model."""
 WIDTH = 128
+"""Of the projected terms, and of the given vectors where these are wider."""
 SIGNS = 8
 """Entries of a term's projection that are not zero: one in each run of WIDTH / SIGNS columns."""
 CANDIDATES = 3
@@ -40,9 +44,11 @@ _WORD = re.compile(r"\w+")
 
 
 def features(items: pl.DataFrame) -> Floats:
-    """float32 [n, d]: the projected terms, how the price stands among all prices, and `vector` where there is one.
+    """float32 [n, d]: the projected terms, how the price stands among all prices, and the given vectors.
 
-    `items` has a row for each catalog row and any of the columns title, category ("A > B"), brand, price, vector.
+    These are made as narrow as the terms are, and standardised: vectors of networks have a large mean that tells
+    nothing. An item without them has zeros. `items` has a row for each catalog row and any of the columns title,
+    category ("A > B"), brand, price, attributes, of which description is read, and `MODALITIES`.
     """
     terms, names = _terms(items)
     price = _log_price(items)
@@ -51,7 +57,9 @@ def features(items: pl.DataFrame) -> Floats:
     standing = np.where(known, (price - mean) / deviation, 0.0)
     columns: list[npt.NDArray[np.floating]] = [_project(terms, names), np.stack([standing, known], 1) / 4.0]
     if (vectors := _vectors(items)) is not None:
-        columns.append(vectors)
+        if vectors.shape[1] > WIDTH:
+            vectors = vectors @ _projection([f"vector {place}" for place in range(vectors.shape[1])])
+        columns.append(_standardised(vectors))
     return np.concatenate(columns, 1).astype(np.float32)
 
 
@@ -115,9 +123,11 @@ def _terms(items: pl.DataFrame) -> tuple[sp.csr_matrix, list[str]]:
     paths, path_names = _counted([_prefixes(path) for path in _strings(items, "category")])
     brands, brand_names = _counted([[brand.lower()] if brand else [] for brand in _strings(items, "brand")])
     prices, steps = _steps(_log_price(items))
+    described, description_names = _counted([_described(text) for text in _descriptions(items)])
     fields = (
         (WORDS, _weighted(words), [f"word {name}" for name in vocabulary]),
         (GRAMS, _weighted((words @ grams).tocsr()), [f"gram {name}" for name in gram_names]),
+        (DESCRIPTION, _weighted(described), [f"described {name}" for name in description_names]),
         (CATEGORY, _weighted(paths), [f"category {name}" for name in path_names]),
         (BRAND, _weighted(brands), [f"brand {name}" for name in brand_names]),
         (PRICE, _unit(prices), [f"price {step}" for step in steps]),
@@ -152,15 +162,19 @@ def _unit(matrix: sp.csr_matrix) -> sp.csr_matrix:
 
 
 def _project(terms: sp.csr_matrix, names: list[str]) -> Floats:
+    dense: Floats = (terms @ _projection(names)).toarray()
+    return dense
+
+
+def _projection(names: list[str]) -> sp.csr_matrix:
+    """float32 [len(names), WIDTH]."""
     bits = np.frombuffer(b"".join(blake2b(name.encode(), digest_size=2 * SIGNS).digest() for name in names), np.uint16)
     bits = bits.reshape(len(names), SIGNS)
     run = WIDTH // SIGNS
     column = (bits >> 1) % run + np.arange(SIGNS) * run
     sign = np.where(bits & 1, 1.0, -1.0).astype(np.float32) / np.float32(math.sqrt(SIGNS))
     start = np.arange(len(names) + 1) * SIGNS
-    projection = sp.csr_matrix((sign.ravel(), column.ravel(), start), shape=(len(names), WIDTH))
-    dense: Floats = (terms @ projection).toarray()
-    return dense
+    return sp.csr_matrix((sign.ravel(), column.ravel(), start), shape=(len(names), WIDTH))
 
 
 def _steps(log_price: npt.NDArray[np.float64]) -> tuple[sp.csr_matrix, list[int]]:
@@ -181,6 +195,20 @@ def _grams(word: str) -> list[str]:
     return [framed[at : at + GRAM] for at in range(len(framed) - GRAM + 1)]
 
 
+def _described(text: str) -> list[str]:
+    words = _WORD.findall(text.lower())
+    return words + [gram for word in words for gram in _grams(word)]
+
+
+def _descriptions(items: pl.DataFrame) -> list[str]:
+    """The attribute of that name, empty where there is none."""
+    found = []
+    for text in _strings(items, "attributes"):
+        value = json.loads(text).get("description") if '"description"' in text else None
+        found.append(value if isinstance(value, str) else "")
+    return found
+
+
 def _prefixes(path: str) -> list[str]:
     parts = [part.strip().lower() for part in path.split(">") if part.strip()]
     return [" > ".join(parts[: end + 1]) for end in range(len(parts))]
@@ -199,15 +227,35 @@ def _log_price(items: pl.DataFrame) -> npt.NDArray[np.float64]:
 
 
 def _vectors(items: pl.DataFrame) -> Floats | None:
-    """Rows of length 1, 0 where an item has none."""
-    if "vector" not in items.columns or items["vector"].drop_nulls().is_empty():
-        return None
-    column = items["vector"]
-    width = int(column.list.len().max())  # type: ignore[arg-type]
-    vectors = np.zeros((len(items), width), np.float32)
-    given = column.is_not_null().to_numpy()
-    vectors[given] = np.array(column.drop_nulls().to_list(), np.float32)
+    """The modalities side by side: rows of length 1, 0 where an item has none."""
+    found = []
+    for name in MODALITIES:
+        if name in items.columns and not items[name].drop_nulls().is_empty():
+            column = items[name]
+            width = int(column.list.len().max())  # type: ignore[arg-type]
+            vectors = np.zeros((len(items), width), np.float32)
+            given = column.is_not_null().to_numpy()
+            vectors[given] = column.drop_nulls().explode().to_numpy().reshape(-1, width)
+            found.append(_of_length_one(vectors))
+    return _of_length_one(np.concatenate(found, 1)) if found else None
+
+
+def _of_length_one(vectors: Floats) -> Floats:
     # The squares of what float32 can hold, it cannot.
     length = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
     np.divide(vectors, length, out=vectors, where=length > 0)
     return vectors
+
+
+def _standardised(vectors: Floats) -> Floats:
+    """Each column less its mean and over its deviation among the rows that are not zero; these have mean length 1."""
+    given = vectors.any(1)
+    known = vectors[given]
+    if not len(known):
+        return vectors
+    deviation = known.std(0)
+    found = np.zeros_like(vectors)
+    varies = deviation > 1e-6
+    found[np.ix_(given, varies)] = (known - known.mean(0))[:, varies] / deviation[varies]
+    found /= np.float32(math.sqrt(max(int(varies.sum()), 1)))
+    return found

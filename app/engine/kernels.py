@@ -47,7 +47,7 @@ AHEAD = 8
 """Candidates between asking for an item's columns and reading them."""
 SAMPLE = 512
 """Scores from which a bound for the best of all is taken."""
-BLOCK = 32
+BLOCK = 16
 """Scores that are passed over together."""
 REORDERED = {"reassoc", "contract"}
 """What a compiler may do to a sum for it to be several at a time."""
@@ -494,7 +494,7 @@ def nearest(rough: Halves, users: Floats, vectors: Halves, k: int) -> tuple[Long
     rows = np.empty(columns + 1, np.int64)
     stride = max(1, columns // SAMPLE)
     sampled = (columns + stride - 1) // stride
-    wanted = min(2 * k * sampled // columns + 8, sampled)
+    wanted = min(2 * k * sampled // columns + 5, sampled)
     for one in range(size):
         for place in range(sampled):
             keys[place] = np.uint64(_descending(_brain(rough[one, place * stride]))) << np.uint64(32)

@@ -68,7 +68,7 @@ class Encoder(sequences.Encoder):
 def fit(
     past: Interactions,
     *,
-    history: int = 20,
+    history: int = 12,
     seed: int = 0,
     run: Run = Run(),
 ) -> Vectors:

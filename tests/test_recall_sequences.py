@@ -69,6 +69,18 @@ def test_a_stranger_gets_what_others_begin_with(model: ModuleType) -> None:
     assert scores([[]], fitted)[0].argmax() == 0
 
 
+@models
+def test_an_item_nobody_bought_comes_where_its_like_does(model: ModuleType) -> None:
+    # The last is made like item 4.
+    features = np.eye(ITEMS, dtype=np.float32)[[*range(ITEMS), 4]]
+    past = circle()._replace(n_items=ITEMS + 1)
+    fitted = model.fit(past, features=features, history=HISTORY)
+    found = scores([[1, 2, 3], [6, 7, 8]], fitted)
+    assert set(np.argsort(-found[0])[:2]) == {4, ITEMS} and found[1, ITEMS] < found[1].max() - 1
+    unknown = model.fit(past, history=HISTORY)
+    assert scores([[1, 2, 3]], unknown)[0].argsort()[-2:].tolist() != [ITEMS, 4], "its content is what is known of it"
+
+
 def test_training_sees_after_every_event_what_serving_would(fitted: Vectors) -> None:
     encoder, rows = fitted.encoder, [5, 1, 2, 9]
     assert isinstance(encoder, sequences.Encoder)

@@ -10,6 +10,8 @@ split: two in five labels repeat the prefix, and it ranks repeats too low. Why i
 import math
 from collections.abc import Callable
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -66,6 +68,7 @@ class Encoder(sequences.Encoder):
 def fit(
     past: Interactions,
     *,
+    features: npt.NDArray[np.float32] | None = None,
     history: int = 50,
     seed: int = 0,
     device: str = "cpu",
@@ -75,6 +78,7 @@ def fit(
     return sequences.fit(
         past,
         Encoder,
+        features=features,
         width=WIDTH,
         learning_rate=LEARNING_RATE,
         epochs=EPOCHS,

@@ -8,6 +8,8 @@ that is read last, in the attention alone, so that every position of training lo
 import math
 from collections.abc import Callable
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -80,6 +82,7 @@ class Encoder(sequences.Encoder):
 def fit(
     past: Interactions,
     *,
+    features: npt.NDArray[np.float32] | None = None,
     history: int = 50,
     seed: int = 0,
     device: str = "cpu",
@@ -89,6 +92,7 @@ def fit(
     return sequences.fit(
         past,
         lambda: Encoder(history),
+        features=features,
         width=WIDTH,
         learning_rate=LEARNING_RATE,
         epochs=EPOCHS,

@@ -24,6 +24,8 @@ START = 0.02
 """Standard deviation of the item vectors at the start. Only direction counts, so that the shorter turn faster."""
 TARGETS = 1024
 """Events foretold in a step."""
+FEWEST = 3
+"""Events from which on an item has an id of its own."""
 UNIFORM = 1024
 """Items drawn for a step besides its own targets."""
 FEWEST_STEPS, MOST_STEPS = 32, 256
@@ -47,6 +49,30 @@ class Encoder(nn.Module):
     def states(self, history: Tensor, kinds: Tensor, ages_s: Tensor) -> Tensor:
         """[B, L, d], each of length 1 / `TEMPERATURE`; the last ones are what `forward` gives."""
         raise NotImplementedError
+
+
+class Items(nn.Module):
+    """Unit vectors of items: of an id and of content, which says at once what the id takes many events to learn.
+
+    An item with fewer than `FEWEST` events is known by its content alone, if it has any.
+    """
+
+    def __init__(self, features: Tensor, times: Tensor, width: int) -> None:
+        super().__init__()
+        # Sparse gradients: a step costs what its items cost, not what the catalog does.
+        self.id = nn.Embedding(len(features), width, sparse=True)
+        nn.init.normal_(self.id.weight, std=START)
+        self.content = nn.Linear(features.shape[1], width, bias=False)
+        self.features = features
+        self.known = ((times >= FEWEST) | ~features.any(1)).float()
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return F.normalize(self.id(rows) * self.known[rows, None] + self.content(self.features[rows]), dim=1)
+
+    def all(self) -> Tensor:
+        """[n, d]."""
+        rows = torch.arange(len(self.features), device=self.features.device)
+        return torch.cat([self(part) for part in torch.split(rows, 65_536)])
 
 
 class Stretches:
@@ -112,6 +138,7 @@ def fit(
     past: Interactions,
     make: Callable[[], Encoder],
     *,
+    features: npt.NDArray[np.float32] | None,
     width: int,
     learning_rate: float,
     epochs: int,
@@ -123,25 +150,30 @@ def fit(
     """Trains the encoder that `make` gives, and unit vectors of the items with it, until it foresees the next items
     of held-out users no better, and keeps the best epoch. Validation losses are over the whole catalog.
 
+    `features` [n, d] are of the items (`content.features`), None where nothing is known of them.
+
     The learning rate falls in a line from the given one to 0 after `epochs`. The same seed gives the same network
     on one thread of a CPU.
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     # The service keeps no other events, so the encoder must not learn from them either.
-    stretches = Stretches(past.where(np.isin(past.kind, list(FOLDED))), history)
+    past = past.where(np.isin(past.kind, list(FOLDED)))
+    stretches = Stretches(past, history)
     encoder = make().to(device)
-    # Sparse gradients: a step costs what its items cost, not what the catalog does.
-    table = nn.Embedding(past.n_items, width, sparse=True, device=device)
-    nn.init.normal_(table.weight, std=START)
-    losses = _train(encoder, table, stretches, learning_rate, epochs, rng, on_epoch) if len(stretches.user) else ()
-    items = F.normalize(table.weight.detach(), dim=1).cpu().numpy()
-    return Vectors(items, encoder.cpu().eval(), history, losses=losses)
+    if features is None:
+        features = np.zeros((past.n_items, 1), np.float32)
+    times = np.bincount(past.row, minlength=past.n_items)
+    items = Items(torch.from_numpy(features).to(device), torch.from_numpy(times).to(device), width).to(device)
+    losses = _train(encoder, items, stretches, learning_rate, epochs, rng, on_epoch) if len(stretches.user) else ()
+    with torch.no_grad():
+        vectors = items.all().cpu().numpy()
+    return Vectors(vectors, encoder.cpu().eval(), history, losses=losses)
 
 
 def _train(
     encoder: Encoder,
-    table: nn.Embedding,
+    items: Items,
     stretches: Stretches,
     learning_rate: float,
     epochs: int,
@@ -154,7 +186,7 @@ def _train(
     valid = rng.permutation(np.flatnonzero(held) if held.any() else train)
     of_valid = np.cumsum((stretches.end - stretches.start)[valid])
     validation = stretches.batches(valid[: max(1, int((of_valid <= VALIDATED).sum()))], rng)
-    device, n_items = table.weight.device, len(table.weight)
+    device, n_items = items.features.device, len(items.features)
     targeted = stretches.targeted(train).to(device)
 
     def read(chosen: Longs) -> Batch:
@@ -166,7 +198,7 @@ def _train(
         drawn = torch.from_numpy(rng.integers(0, n_items, UNIFORM)).to(device)
         # Every item of the batch is looked up once. Row 0 of `vectors` stays for padding.
         distinct, index = torch.unique(torch.cat([rows.new_tensor([-1]), rows.flatten(), drawn]), return_inverse=True)
-        vectors = F.pad(F.normalize(table(distinct[1:]), dim=1), (0, 0, 1, 0))
+        vectors = F.pad(items(distinct[1:]), (0, 0, 1, 0))
         of_rows, of_drawn = index[1:].split([rows.numel(), UNIFORM])
         of_rows, wanted = of_rows.view(rows.shape), weight > 0
         states = encoder.states(F.embedding(of_rows[:, :-1], vectors), kinds[:, :-1], ages_s[:, :-1])[wanted]
@@ -183,7 +215,7 @@ def _train(
 
     def validate() -> tuple[float, float]:
         """The loss, and the mean of 1 / log2(1 + rank), which goes on rising when the network becomes too sure."""
-        vectors = F.pad(F.normalize(table.weight, dim=1), (0, 0, 1, 0))
+        vectors = F.pad(items.all(), (0, 0, 1, 0))
         total = torch.zeros(3, device=device)
         for rows, kinds, ages_s, weight in map(read, validation):
             wanted = weight > 0
@@ -200,14 +232,14 @@ def _train(
         return lost / weight_sum, gained / weight_sum
 
     optimisers = (
-        torch.optim.Adam(encoder.parameters(), lr=learning_rate, fused=True),
-        torch.optim.SparseAdam(table.parameters(), lr=learning_rate),
+        torch.optim.Adam([*encoder.parameters(), *items.content.parameters()], lr=learning_rate, fused=True),
+        torch.optim.SparseAdam(items.id.parameters(), lr=learning_rate),
     )
     losses: list[tuple[float, float]] = []
     training = stretches.forever(train, rng)
     steps = min(max(len(stretches.batches(train, rng)), FEWEST_STEPS), MOST_STEPS)
     best, waited = 0.0, 0
-    kept = copy.deepcopy((encoder.state_dict(), table.state_dict()))
+    kept = copy.deepcopy((encoder.state_dict(), items.state_dict()))
     for epoch in range(epochs):
         for optimiser in optimisers:
             optimiser.param_groups[0]["lr"] = learning_rate * (1.0 - epoch / epochs)
@@ -228,9 +260,9 @@ def _train(
         on_epoch(epoch, *losses[-1])
         if quality > best:
             best, waited = quality, 0
-            kept = copy.deepcopy((encoder.state_dict(), table.state_dict()))
+            kept = copy.deepcopy((encoder.state_dict(), items.state_dict()))
         elif (waited := waited + 1) >= PATIENCE:
             break
     encoder.load_state_dict(kept[0])
-    table.load_state_dict(kept[1])
+    items.load_state_dict(kept[1])
     return tuple(losses)

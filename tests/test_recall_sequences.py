@@ -99,7 +99,8 @@ def test_padding_tells_nothing(fitted: Vectors) -> None:
 
 
 def test_vectors_have_the_promised_shape_and_length(fitted: Vectors) -> None:
-    assert fitted.items.shape == (ITEMS, 64) and fitted.items.dtype == np.float32
+    width = sasrec.WIDTH if isinstance(fitted.encoder, sasrec.Encoder) else gru4rec.WIDTH
+    assert fitted.items.shape == (ITEMS, width) and fitted.items.dtype == np.float32
     np.testing.assert_allclose(np.linalg.norm(fitted.items, axis=1), 1.0, atol=1e-5)
     with torch.inference_mode():
         users = fitted.encoder(*inputs([[], [1], [2, 3, 1]], fitted))
@@ -139,7 +140,7 @@ def test_too_little_to_learn_from_still_gives_vectors(
 ) -> None:
     monkeypatch.setattr(model, "EPOCHS", 2)
     fitted = model.fit(past, history=HISTORY)
-    assert fitted.items.shape == (past.n_items, 64)
+    assert fitted.items.shape == (past.n_items, model.WIDTH)
     assert np.isfinite(scores([[], [0], [0] * 9], fitted)).all()
 
 

@@ -16,17 +16,17 @@ from torch import Tensor, nn
 
 from models.recall import Interactions, Vectors, sequences
 
-WIDTH = 64
-HIDDEN = 64
+WIDTH = 128
+HIDDEN = 128
 LEARNING_RATE = 2e-3
-EPOCHS = 30
+EPOCHS = 16
 DROPOUT = 0.4
 NOWHERE = -1e4
 """Attention logit of padding; finite, so that an empty history is no NaN."""
 
 
 class Encoder(sequences.Encoder):
-    """What the engine runs: `forward(history, kinds, ages_s, profile) -> [B, 64]`.
+    """What the engine runs: `forward(history, kinds, ages_s, profile) -> [B, 128]`.
 
     The last event shares its attention among all by vector, type, how many events ago and how long ago; padding
     gets none but from padding.
@@ -67,7 +67,7 @@ class Encoder(sequences.Encoder):
         return self._attend(events, self.before(events), logit)
 
     def _events(self, history: Tensor, kinds: Tensor) -> Tensor:
-        events: Tensor = self.dropout(history * self.scale + self.kind(kinds))
+        events: Tensor = self.dropout(torch.add(self.kind(kinds), history, alpha=self.scale))
         return events
 
     def _attend(self, reading: Tensor, read: Tensor, logit: Tensor) -> Tensor:

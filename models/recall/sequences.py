@@ -4,6 +4,9 @@ The loss decides more than the network does: with binary cross-entropy and one n
 worse (Klenitskiy & Vasilev, RecSys 2023; Petrov & Macdonald, RecSys 2023). Here it is a softmax over the batch's own
 targets and uniformly drawn items (mixed negatives; Yang et al., WWW 2020), every sampled logit less the logarithm of
 how often it is sampled (Bengio & Senécal, 2008), of unit vectors over a small temperature.
+
+Where items have content, their vectors start from it (S3-Rec: Zhou et al., CIKM 2020, pre-trains for it; a sum does):
+better, sooner, and a new item has its place at once.
 """
 
 import copy

@@ -145,6 +145,14 @@ def test_a_damaged_checkpoint_is_refused(size: int, tmp_path: Path) -> None:
         attention(circle(200), run=run)
 
 
+def test_where_nothing_can_be_written_one_line_says_so(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"file/it\.checkpoint: cannot be written: "):
+        attention(circle(200), run=Run(checkpoints=tmp_path / "file", name="it"))
+    with pytest.raises(DataError, match="file: File exists"):
+        Board(tmp_path / "file")
+
+
 class Counter(nn.Module):
     """A number that every step adds 1 to."""
 

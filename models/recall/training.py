@@ -127,17 +127,17 @@ class Checkpoint:
         return tensors, found
 
     def write(self, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
-        """Whole or not at all, whatever happens meanwhile."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        """Whole or not at all, whatever happens meanwhile. Raises `DataError` where it cannot be."""
         unfinished = self.path.with_suffix(".tmp")
-        save_file(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-            unfinished,
-            {"checkpoint": json.dumps({"of": dict(self.of), **rest})},
-        )
-        with unfinished.open("rb") as file:
-            os.fsync(file.fileno())
-        unfinished.replace(self.path)
+        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            save_file(contiguous, unfinished, {"checkpoint": json.dumps({"of": dict(self.of), **rest})})
+            with unfinished.open("rb") as file:
+                os.fsync(file.fileno())
+            unfinished.replace(self.path)
+        except (OSError, safetensors.SafetensorError) as error:
+            raise DataError(f"{self.path}: cannot be written: {error}") from error
 
 
 @dataclass(slots=True)

@@ -270,12 +270,24 @@ def _two_tower(draft: Draft, past: Past) -> None:
 
 def _sasrec(draft: Draft, past: Past) -> None:
     if len(past.events.user) >= TOWERS_FROM:
-        _vectors(draft, "sasrec", sasrec.fit(past.events, seed=past.seed, run=_noted(past, "sasrec")), past.seed)
+        network = sasrec.fit(
+            past.events,
+            features=content.features(past.items.frame),
+            seed=past.seed,
+            run=_noted(past, "sasrec"),
+        )
+        _vectors(draft, "sasrec", network, past.seed)
 
 
 def _gru4rec(draft: Draft, past: Past) -> None:
     if len(past.events.user) >= TOWERS_FROM:
-        _vectors(draft, "gru4rec", gru4rec.fit(past.events, seed=past.seed, run=_noted(past, "gru4rec")), past.seed)
+        network = gru4rec.fit(
+            past.events,
+            features=content.features(past.items.frame),
+            seed=past.seed,
+            run=_noted(past, "gru4rec"),
+        )
+        _vectors(draft, "gru4rec", network, past.seed)
 
 
 def _spectral(draft: Draft, past: Past) -> None:

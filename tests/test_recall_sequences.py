@@ -70,6 +70,18 @@ def test_a_stranger_gets_what_others_begin_with(model: ModuleType) -> None:
     assert scores([[]], fitted)[0].argmax() == 0
 
 
+@models
+def test_an_item_nobody_bought_comes_where_its_like_does(model: ModuleType) -> None:
+    # The last is made like item 4.
+    features = np.eye(ITEMS, dtype=np.float32)[[*range(ITEMS), 4]]
+    past = circle()._replace(n_items=ITEMS + 1)
+    fitted = model.fit(past, features=features, history=HISTORY)
+    found = scores([[1, 2, 3], [6, 7, 8]], fitted)
+    assert set(np.argsort(-found[0])[:2]) == {4, ITEMS} and found[1, ITEMS] < found[1].max() - 1
+    unknown = model.fit(past, history=HISTORY)
+    assert scores([[1, 2, 3]], unknown)[0].argsort()[-2:].tolist() != [ITEMS, 4], "its content is what is known of it"
+
+
 def test_training_sees_after_every_event_what_serving_would(fitted: Vectors) -> None:
     encoder, rows = fitted.encoder, [5, 1, 2, 9]
     assert isinstance(encoder, sequences.Encoder)
@@ -88,7 +100,8 @@ def test_padding_tells_nothing(fitted: Vectors) -> None:
 
 
 def test_vectors_have_the_promised_shape_and_length(fitted: Vectors) -> None:
-    assert fitted.items.shape == (ITEMS, 64) and fitted.items.dtype == np.float32
+    width = sasrec.WIDTH if isinstance(fitted.encoder, sasrec.Encoder) else gru4rec.WIDTH
+    assert fitted.items.shape == (ITEMS, width) and fitted.items.dtype == np.float32
     np.testing.assert_allclose(np.linalg.norm(fitted.items, axis=1), 1.0, atol=1e-5)
     with torch.inference_mode():
         users = fitted.encoder(*inputs([[], [1], [2, 3, 1]], fitted))
@@ -129,7 +142,7 @@ def test_too_little_to_learn_from_still_gives_vectors(
 ) -> None:
     monkeypatch.setattr(model, "EPOCHS", 2)
     fitted = model.fit(past, history=HISTORY)
-    assert fitted.items.shape == (past.n_items, 64)
+    assert fitted.items.shape == (past.n_items, model.WIDTH)
     assert np.isfinite(scores([[], [0], [0] * 9], fitted)).all()
 
 

@@ -9,6 +9,8 @@ split: two in five labels repeat the prefix, and it ranks repeats too low. Why i
 
 import math
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -68,6 +70,7 @@ class Encoder(sequences.Encoder):
 def fit(
     past: Interactions,
     *,
+    features: npt.NDArray[np.float32] | None = None,
     history: int = 12,
     seed: int = 0,
     run: Run = Run(),
@@ -76,6 +79,7 @@ def fit(
     return sequences.fit(
         past,
         Encoder,
+        features=features,
         width=WIDTH,
         learning_rate=LEARNING_RATE,
         epochs=EPOCHS,

@@ -7,6 +7,8 @@ that is read last, in the attention alone, so that every position of training lo
 
 import math
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,17 +16,17 @@ from torch import Tensor, nn
 from models.recall import Interactions, Vectors, sequences
 from models.recall.training import Run
 
-WIDTH = 64
-HIDDEN = 64
+WIDTH = 128
+HIDDEN = 128
 LEARNING_RATE = 2e-3
-EPOCHS = 30
+EPOCHS = 16
 DROPOUT = 0.4
 NOWHERE = -1e4
 """Attention logit of padding; finite, so that an empty history is no NaN."""
 
 
 class Encoder(sequences.Encoder):
-    """What the engine runs: `forward(history, kinds, ages_s, profile) -> [B, 64]`.
+    """What the engine runs: `forward(history, kinds, ages_s, profile) -> [B, 128]`.
 
     The last event shares its attention among all by vector, type, how many events ago and how long ago; padding
     gets none but from padding.
@@ -65,7 +67,7 @@ class Encoder(sequences.Encoder):
         return self._attend(events, self.before(events), logit)
 
     def _events(self, history: Tensor, kinds: Tensor) -> Tensor:
-        events: Tensor = self.dropout(history * self.scale + self.kind(kinds))
+        events: Tensor = self.dropout(torch.add(self.kind(kinds), history, alpha=self.scale))
         return events
 
     def _attend(self, reading: Tensor, read: Tensor, logit: Tensor) -> Tensor:
@@ -80,6 +82,7 @@ class Encoder(sequences.Encoder):
 def fit(
     past: Interactions,
     *,
+    features: npt.NDArray[np.float32] | None = None,
     history: int = 50,
     seed: int = 0,
     run: Run = Run(),
@@ -88,6 +91,7 @@ def fit(
     return sequences.fit(
         past,
         lambda: Encoder(history),
+        features=features,
         width=WIDTH,
         learning_rate=LEARNING_RATE,
         epochs=EPOCHS,

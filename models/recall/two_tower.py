@@ -27,14 +27,14 @@ from app.state.events import FOLDED, MS_PER_DAY
 from models.recall import STRENGTH, Interactions, Vectors
 from models.recall.item_cf import user_items
 
-WIDTH = 64
+WIDTH = 128
 HEADS = 4
 HIDDEN = 128
 LEARNING_RATE = 2e-3
 TEMPERATURE = 0.2
 """Where the learned temperature starts."""
 BATCH = 256
-UNIFORM = 1024
+UNIFORM = 4096
 """Uniformly drawn items in a batch."""
 TARGETS = 16
 """Events after a moment that it has to foresee."""
@@ -55,13 +55,16 @@ NOW_FLOOR = 0.1
 FEWEST = 3
 """Items with fewer events are known by their content alone."""
 ID_DROPOUT = 0.25
-"""Share of the ids hidden in a step, which trains the path that items without an id take."""
+"""Share of the ids hidden in a step, which trains the path that items without an id take. Items without content keep
+theirs: nothing else tells them apart."""
+EVENT_DROPOUT = 0.5
+"""Share of the events of a history hidden in a step: sets of items are learned by heart otherwise."""
 NOWHERE = -1e4
 """Attention logit of padding; finite, so that an empty history is no NaN."""
 
 
 class UserTower(nn.Module):
-    """What the engine runs: `forward(history, kinds, ages_s, profile) -> [B, 64]`.
+    """What the engine runs: `forward(history, kinds, ages_s, profile) -> [B, 128]`.
 
     Each head shares its attention among the events by vector, type and age; padding gets none. The
     vectors that come out have the same length each, 1 / temperature. Few operations, since at one user
@@ -107,11 +110,12 @@ class ItemTower(nn.Module):
         self.content = nn.Sequential(nn.Linear(features.shape[1], HIDDEN), nn.GELU(), nn.Linear(HIDDEN, WIDTH))
         self.features = features
         self.known = known
+        self.described = features.any(1)
 
     def forward(self, rows: Tensor, dropout: float = 0.0) -> Tensor:
         known = self.known[rows]
         if dropout:
-            known = known * (torch.rand(len(rows)) >= dropout)
+            known = known * ((torch.rand(len(rows)) >= dropout) | ~self.described[rows])
         return F.normalize(self.id(rows) * known[:, None] + self.content(self.features[rows]), dim=1)
 
 
@@ -231,6 +235,9 @@ def _train(
 
     def loss(chosen: Tensor, drawn: Tensor, dropout: float) -> Tensor:
         past, kinds, ages_s = moments.before(chosen)
+        if dropout:
+            hidden = torch.rand(past.shape) < EVENT_DROPOUT
+            past, kinds = past.masked_fill(hidden, -1), kinds.masked_fill(hidden, 0)
         wanted, strength = moments.after(chosen)
         moment, place = (wanted >= 0).nonzero(as_tuple=True)
         target = wanted[moment, place]
@@ -305,7 +312,7 @@ def _now(past: Interactions) -> Tensor:
 
 
 def _spectral(past: Interactions, rng: np.random.Generator) -> npt.NDArray[np.float32]:
-    """[n, 64] of mean square length 1: the leading right singular vectors of the user-item matrix, items damped
+    """[n, 128] of mean square length 1: the leading right singular vectors of the user-item matrix, items damped
     by the root of their strength, each vector times the root of its singular value."""
     matrix, n_items = user_items(past, HALF_LIFE_DAYS), past.n_items
     if not matrix.nnz:

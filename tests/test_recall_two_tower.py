@@ -82,13 +82,12 @@ def test_an_item_nobody_touched_is_found_by_its_content(towers: Vectors) -> None
 
 
 def test_vectors_have_the_promised_shape_and_length(towers: Vectors) -> None:
-    assert towers.items.shape == (2 * GROUP, 64) and towers.items.dtype == np.float32
+    assert towers.items.shape == (2 * GROUP, two_tower.WIDTH) and towers.items.dtype == np.float32
     np.testing.assert_allclose(np.linalg.norm(towers.items, axis=1), 1.0, atol=1e-5)
     with torch.inference_mode():
         users = towers.encoder(*inputs([[1], [2, 3, GROUP]], towers))
-    torch.testing.assert_close(
-        users.norm(dim=1), torch.full((2,), float(towers.encoder.scale.detach()) * 8), rtol=1e-3, atol=0
-    )
+    length = towers.encoder.state_dict()["scale"] * two_tower.WIDTH**0.5
+    torch.testing.assert_close(users.norm(dim=1), length.expand(2), rtol=1e-3, atol=0)
 
 
 def test_a_user_without_history_has_a_vector(towers: Vectors) -> None:

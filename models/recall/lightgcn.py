@@ -33,8 +33,8 @@ BATCH = 1024
 """Users in a step; less where an epoch would have fewer than 16 steps."""
 POPULARITY = 0.1
 """Power of an item's degree that its vector is scaled by in the end: a cosine alone knows no popularity."""
-NEGATIVES = 4096
-"""Uniformly drawn items in a step."""
+NEGATIVES = 12_288
+"""Uniformly drawn items in a step, or all there are: the more, the better it ranks."""
 
 
 def fit(
@@ -42,7 +42,7 @@ def fit(
     *,
     half_life_days: float | None = 60.0,
     width: int = 128,
-    epochs: int = 5,
+    epochs: int = 6,
     history: int = 256,
     seed: int = 0,
     run: Run = Run(),
@@ -81,8 +81,8 @@ def fit(
         inputs, items = outputs()
         wanted = matrix[users]
         vectors = bag(wanted, inputs) / TEMPERATURE
-        drawn = torch.from_numpy(rng.integers(0, n_items, NEGATIVES)).to(run.device)
-        any_item = (vectors @ items[drawn].T).float().logsumexp(1) + math.log(n_items / NEGATIVES)
+        drawn = torch.from_numpy(rng.permutation(n_items)[:NEGATIVES]).to(run.device)
+        any_item = (vectors @ items[drawn].T).float().logsumexp(1) + math.log(n_items / len(drawn))
         weight = torch.from_numpy(np.asarray(wanted.sum(1), np.float32).ravel()).to(run.device)
         own = (vectors * product(wanted, items)).sum(1)
         return (weight * any_item - own).sum() / weight.sum()

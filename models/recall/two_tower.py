@@ -29,14 +29,14 @@ from models.recall.negatives import Negatives
 from models.recall.streaming import PART, Parts, spilled
 from models.recall.training import Checkpoint, Losses, Run, train
 
-WIDTH = 64
+WIDTH = 128
 HEADS = 4
 HIDDEN = 128
 LEARNING_RATE = 2e-3
 TEMPERATURE = 0.2
 """Where the learned temperature starts."""
 BATCH = 256
-UNIFORM = 1024
+UNIFORM = 4096
 """Uniformly drawn items in a batch."""
 TARGETS = 16
 """Events after a moment that it has to foresee."""
@@ -57,13 +57,16 @@ NOW_FLOOR = 0.1
 FEWEST = 3
 """Items with fewer events are known by their content alone."""
 ID_DROPOUT = 0.25
-"""Share of the ids hidden in a step, which trains the path that items without an id take."""
+"""Share of the ids hidden in a step, which trains the path that items without an id take. Items without content keep
+theirs: nothing else tells them apart."""
+EVENT_DROPOUT = 0.5
+"""Share of the events of a history hidden in a step: sets of items are learned by heart otherwise."""
 NOWHERE = -1e4
 """Attention logit of padding; finite, so that an empty history is no NaN."""
 
 
 class UserTower(nn.Module):
-    """What the engine runs: `forward(history, kinds, ages_s, profile) -> [B, 64]`.
+    """What the engine runs: `forward(history, kinds, ages_s, profile) -> [B, 128]`.
 
     Each head shares its attention among the events by vector, type and age; padding gets none. The
     vectors that come out have the same length each, 1 / temperature. Few operations, since at one user
@@ -109,11 +112,13 @@ class ItemTower(nn.Module):
         self.content = nn.Sequential(nn.Linear(features.shape[1], HIDDEN), nn.GELU(), nn.Linear(HIDDEN, WIDTH))
         self.features = nn.Buffer(features, persistent=False)
         self.known = nn.Buffer(known, persistent=False)
+        self.described = nn.Buffer(features.any(1), persistent=False)
 
     def forward(self, rows: Tensor, dropout: float = 0.0) -> Tensor:
         known = self.known[rows]
         if dropout:
-            known = known * (torch.rand(len(rows), device=rows.device) >= dropout)
+            hidden = torch.rand(len(rows), device=rows.device) < dropout
+            known = known * ~(hidden & self.described[rows])
         return F.normalize(self.id(rows) * known[:, None] + self.content(self.features[rows]), dim=1)
 
 
@@ -255,6 +260,9 @@ def _train(
 
     def loss(moments: _Moments, chosen: Tensor, drawn: Tensor, dropout: float) -> Tensor:
         past, kinds, ages_s = (column.to(device) for column in moments.before(chosen))
+        if dropout:
+            hidden = torch.rand(past.shape, device=device) < EVENT_DROPOUT
+            past, kinds = past.masked_fill(hidden, -1), kinds.masked_fill(hidden, 0)
         wanted, strength = (column.to(device) for column in moments.after(chosen))
         profile = codes[moments.user[chosen.numpy()]].to(device)
         moment, place = (wanted >= 0).nonzero(as_tuple=True)
@@ -339,7 +347,7 @@ def _now(past: Interactions, now_ms: int) -> Tensor:
 
 
 def _spectral(parts: Sequence[sp.csr_matrix], rng: np.random.Generator) -> npt.NDArray[np.float32]:
-    """[n, 64] of mean square length 1: the leading right singular vectors of the user-item matrix, given in parts
+    """[n, 128] of mean square length 1: the leading right singular vectors of the user-item matrix, given in parts
     of its rows, items damped by the root of their strength, each vector times the root of its singular value."""
     n_items = parts[0].shape[1]
     if not any(part.nnz for part in parts):

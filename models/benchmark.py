@@ -51,9 +51,9 @@ SESSIONS_DAYS = 131
 LEARNED_FROM = 5_000
 """Users whose candidates the ranker sees, at most."""
 ALL = ",".join(MODELS)
-K = 200
+K = 100
 """Candidates of each source."""
-WIDTH = Width(neighbours=200, likest=200, spectral=512, ease=400, ease_gb=6.0)
+WIDTH = Width(neighbours=200, likest=200, two_tower=128, spectral=512, ease=400, ease_gb=6.0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -118,6 +118,7 @@ class Width:
     neighbours: int = NEIGHBOURS
     likest: int = 100
     """Baskets."""
+    two_tower: int = two_tower.WIDTH
     spectral: int = 128
     ease: int = 100
     ease_gb: float = EASE_GB
@@ -262,6 +263,7 @@ def _two_tower(draft: Draft, past: Past) -> None:
             past.events,
             features=content.features(past.items.frame),
             profiles=past.profiles,
+            width=past.width.two_tower,
             seed=past.seed,
             run=_noted(past, "two_tower"),
         )

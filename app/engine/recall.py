@@ -19,9 +19,9 @@ from app.engine.batch import Batch, Scratch, profile_codes
 from app.engine.ordering import ranked, sort_with_position, summed
 from app.engine.users import halves, open_users
 
-DEPTH = 128
-"""Neighbour scores are kept at least this deep: what one source ranks below its candidates still informs the ranker
-when another source proposes it."""
+DEPTH = 2
+"""Neighbour scores are kept for so many times the candidates: what one source ranks below its own still informs the
+ranker when another source proposes it."""
 PROFILE = 8
 """Profile attributes that lists by segment know."""
 
@@ -133,7 +133,7 @@ def recall_neighbours(
     sources: Sequence[NeighbourSource], batch: Batch, ks: Sequence[int], context: bool
 ) -> tuple[Tensor, Recalled]:
     """What `recall` of each source gives, one after the other, and which source int64 [E] said it."""
-    depths = [max(k, DEPTH) for k in ks]
+    depths = [DEPTH * k for k in ks]
     if isinstance(batch.scratch, Scratch):
         found = [
             _near_anchors(source.table, source.rule, batch, context, depth, batch.scratch.total)
@@ -203,7 +203,7 @@ class BasketSource:
         self._total = np.zeros(max(items, self._baskets), np.float32)
 
     def recall(self, batch: Batch, k: int, context: bool) -> Recalled:
-        depth, size, device = max(k, DEPTH), batch.size, batch.device
+        depth, size, device = DEPTH * k, batch.size, batch.device
         if isinstance(batch.scratch, Scratch):
             like = _near_anchors(self._of_item, self.rule, batch, context, self.likest, self._total)
             # The baskets as events, each of a type of its own, which weighs as much as the basket is like the user.

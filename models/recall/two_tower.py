@@ -29,7 +29,7 @@ from models.recall.negatives import Negatives
 from models.recall.streaming import PART, Parts, spilled
 from models.recall.training import Checkpoint, Losses, Run, train
 
-WIDTH = 128
+WIDTH = 64
 HEADS = 4
 HIDDEN = 128
 LEARNING_RATE = 2e-3
@@ -66,31 +66,31 @@ NOWHERE = -1e4
 
 
 class UserTower(nn.Module):
-    """What the engine runs: `forward(history, kinds, ages_s, profile) -> [B, 128]`.
+    """What the engine runs: `forward(history, kinds, ages_s, profile) -> [B, width]`.
 
     Each head shares its attention among the events by vector, type and age; padding gets none. The
     vectors that come out have the same length each, 1 / temperature. Few operations, since at one user
     each costs more to start than to do.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = WIDTH) -> None:
         super().__init__()
         self.kind = nn.Embedding(256, HEADS)
         nn.init.zeros_(self.kind.weight)
         nn.init.constant_(self.kind.weight[0], NOWHERE)
         # An age of a seconds counts as a ** rate: from heads that forget nothing to heads of this session.
         self.rate = nn.Parameter(-torch.linspace(0.0, 1.0, HEADS))
-        self.query = nn.Parameter(torch.randn(1, WIDTH, HEADS) * 0.1)
-        self.profile = nn.Embedding(PROFILE_BUCKETS, WIDTH, padding_idx=0)
+        self.query = nn.Parameter(torch.randn(1, width, HEADS) * 0.1)
+        self.profile = nn.Embedding(PROFILE_BUCKETS, width, padding_idx=0)
         nn.init.normal_(self.profile.weight, std=0.02)
         nn.init.zeros_(self.profile.weight[0])
-        self.hidden = nn.Linear((HEADS + 1) * WIDTH, HIDDEN)
-        self.out = nn.Parameter(torch.randn(HIDDEN, WIDTH) * HIDDEN**-0.5 * 0.5)
+        self.hidden = nn.Linear((HEADS + 1) * width, HIDDEN)
+        self.out = nn.Parameter(torch.randn(HIDDEN, width) * HIDDEN**-0.5 * 0.5)
         # From the start a user is the mean of their history; the rest learns what that misses.
-        self.mix = nn.Linear(HEADS * WIDTH, WIDTH)
+        self.mix = nn.Linear(HEADS * width, width)
         nn.init.zeros_(self.mix.bias)
-        self.mix.weight.data.copy_(torch.eye(WIDTH).repeat(1, HEADS) / HEADS)
-        self.scale = nn.Parameter(torch.tensor(1.0 / TEMPERATURE / math.sqrt(WIDTH)))
+        self.mix.weight.data.copy_(torch.eye(width).repeat(1, HEADS) / HEADS)
+        self.scale = nn.Parameter(torch.tensor(1.0 / TEMPERATURE / math.sqrt(width)))
 
     def forward(self, history: Tensor, kinds: Tensor, ages_s: Tensor, profile: Tensor) -> Tensor:
         age = torch.log1p(ages_s).unsqueeze(2)
@@ -99,7 +99,7 @@ class UserTower(nn.Module):
         pooled = torch.bmm(share.transpose(1, 2), history).flatten(1)
         hidden = F.relu(self.hidden(torch.cat([pooled, self.profile(profile).sum(1)], 1)))
         # Layer norm without weights is an L2 norm in one operation, less the mean.
-        return F.layer_norm(torch.addmm(self.mix(pooled), hidden, self.out), (WIDTH,)) * self.scale
+        return F.layer_norm(torch.addmm(self.mix(pooled), hidden, self.out), history.shape[2:]) * self.scale
 
 
 class ItemTower(nn.Module):
@@ -109,7 +109,7 @@ class ItemTower(nn.Module):
         super().__init__()
         # Sparse gradients: a step costs what its items cost, not what the catalog does.
         self.id = nn.Embedding.from_pretrained(start, freeze=False, sparse=True)  # type: ignore[no-untyped-call]
-        self.content = nn.Sequential(nn.Linear(features.shape[1], HIDDEN), nn.GELU(), nn.Linear(HIDDEN, WIDTH))
+        self.content = nn.Sequential(nn.Linear(features.shape[1], HIDDEN), nn.GELU(), nn.Linear(HIDDEN, start.shape[1]))
         self.features = nn.Buffer(features, persistent=False)
         self.known = nn.Buffer(known, persistent=False)
         self.described = nn.Buffer(features.any(1), persistent=False)
@@ -179,6 +179,7 @@ def fit(
     *,
     features: npt.NDArray[np.float32],
     profiles: Sequence[Mapping[str, str]],
+    width: int = WIDTH,
     history: int = 64,
     profile: int = 8,
     seed: int = 0,
@@ -194,7 +195,7 @@ def fit(
     n_items = past.n_items
     codes = torch.tensor([profile_codes(attributes, profile) for attributes in profiles])
     checkpoint = run.checkpoint(
-        (*past[:4], features, codes.numpy()), items=n_items, history=history, profile=profile, seed=seed
+        (*past[:4], features, codes.numpy()), items=n_items, width=width, history=history, profile=profile, seed=seed
     )
     # The service keeps no other events, so the encoder must not learn from them either.
     kept = np.isin(np.arange(256), list(FOLDED))[past.kind]
@@ -208,9 +209,9 @@ def fit(
     losses: Losses = ()
     with spilled(past, kept & ~aside, seed) as parts:
         # The start must not know the held-out users, or validation would find it better than it is.
-        start = _spectral([user_items(parts[index], HALF_LIFE_DAYS) for index in range(len(parts))], rng)
+        start = _spectral([user_items(parts[index], HALF_LIFE_DAYS) for index in range(len(parts))], width, rng)
         items = ItemTower(torch.from_numpy(start), torch.from_numpy(features), known).to(run.device)
-        users = UserTower().to(run.device)
+        users = UserTower(width).to(run.device)
         if len(people):
             valid = _Moments(past.where(kept & aside) if held.any() else parts[0], history)
             now = _now(past, now_ms)
@@ -273,7 +274,7 @@ def _train(
         )
         vectors = F.pad(items(rows[1:], dropout), (0, 0, 1, 0))
         of_past, of_sampled = index[1 : 1 + past.numel()], index[1 + past.numel() :]
-        vector = users(F.embedding(of_past, vectors).view(*past.shape, WIDTH), kinds, ages_s, profile)
+        vector = users(F.embedding(of_past, vectors).view(*past.shape, -1), kinds, ages_s, profile)
         sampled, times = torch.unique(of_sampled, return_counts=True)
         row = rows[sampled]
         logit = vector @ F.embedding(sampled, vectors).T + shift[row]
@@ -346,25 +347,25 @@ def _now(past: Interactions, now_ms: int) -> Tensor:
     return torch.from_numpy(total / max(total.sum(), 1e-12)).float()
 
 
-def _spectral(parts: Sequence[sp.csr_matrix], rng: np.random.Generator) -> npt.NDArray[np.float32]:
-    """[n, 128] of mean square length 1: the leading right singular vectors of the user-item matrix, given in parts
+def _spectral(parts: Sequence[sp.csr_matrix], width: int, rng: np.random.Generator) -> npt.NDArray[np.float32]:
+    """[n, width] of mean square length 1: the leading right singular vectors of the user-item matrix, given in parts
     of its rows, items damped by the root of their strength, each vector times the root of its singular value."""
     n_items = parts[0].shape[1]
     if not any(part.nnz for part in parts):
-        return np.zeros((n_items, WIDTH), np.float32)
+        return np.zeros((n_items, width), np.float32)
     strength = np.sum([part.multiply(part).sum(0) for part in parts], axis=0).ravel()
     damped = 1.0 / np.sqrt(strength + 0.3 * strength[strength > 0].mean())
     scale = sp.diags_array(damped.astype(np.float32))
     # Without the users of other parts.
     parts = [(part[np.diff(part.indptr) > 0] @ scale).tocsr() for part in parts]
-    width = min(n_items, WIDTH + 16)
-    basis = np.linalg.qr(rng.standard_normal((n_items, width)).astype(np.float32))[0]
+    sketch = min(n_items, width + 16)
+    basis = np.linalg.qr(rng.standard_normal((n_items, sketch)).astype(np.float32))[0]
     for _ in range(4):
         basis = np.linalg.qr(sum(part.T @ (part @ basis) for part in parts))[0]
     small = [part @ basis for part in parts]
     _, squared, right = np.linalg.svd(sum(part.T @ part for part in small))
-    vectors = np.zeros((n_items, WIDTH), np.float32)
-    kept = min(width, WIDTH)
+    vectors = np.zeros((n_items, width), np.float32)
+    kept = min(sketch, width)
     vectors[:, :kept] = (basis @ right.T[:, :kept]) * squared[:kept] ** 0.25
     vectors /= np.sqrt((vectors**2).sum(1).mean()) + 1e-12
     return vectors

@@ -116,7 +116,7 @@ class Naive:
         for source in self.scene.sources:
             spec = self.spec[source.name]
             if isinstance(spec, NeighbourSpec):
-                recalled.append(self._neighbours(spec, history))
+                recalled.append(self._neighbours(spec, history, DEPTH * source.k))
             elif isinstance(spec, VectorSpec):
                 user = self._encode(spec, history)
                 scores, rows = self.index.search(user[None], source.k)
@@ -189,7 +189,7 @@ class Naive:
         user = self.encode(*map(torch.from_numpy, (vectors, kinds, ages_s)), profile)
         return user[0].numpy()
 
-    def _neighbours(self, spec: NeighbourSpec, history: History) -> Recalled:
+    def _neighbours(self, spec: NeighbourSpec, history: History, depth: int) -> Recalled:
         anchors: Anchors = spec.anchors
         last = slice(-anchors.limit, None)
         weight = self.weights[spec.name][history.kind[last]] * np.exp2(-history.age_days[last] / anchors.half_life_days)
@@ -199,7 +199,7 @@ class Naive:
         scores = (weights[row] * weight[:, None]).ravel()
         distinct, inverse = np.unique(near[near >= 0], return_inverse=True)
         total = np.bincount(inverse, scores[near >= 0], len(distinct)).astype(np.float32)
-        best = np.argsort(-total)[:DEPTH]
+        best = np.argsort(-total)[:depth]
         return distinct[best].astype(np.int64), total[best]
 
     def _features(

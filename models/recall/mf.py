@@ -29,6 +29,8 @@ STEPS = 3
 CHUNK = 65_536
 """Pairs gathered at a time."""
 LEARNING_RATE = 0.01
+HARD = 8
+"""Items drawn for a target of `fit_bpr`, of which the one that scores highest is told apart from it."""
 BATCH = 512
 """Users in a step of `fit_bpr`; less where an epoch would have fewer than 16 steps."""
 
@@ -146,9 +148,11 @@ def fit_bpr(
 
     def loss(batch: tuple[sp.csr_matrix, Tensor, Tensor]) -> Tensor:
         given, line, target = batch
-        drawn = torch.from_numpy(rng.integers(0, shape[0], len(target)))
+        drawn = torch.from_numpy(rng.integers(0, shape[0], (len(target), HARD))).to(run.device)
         users = bag(given, inputs)[line.to(run.device)]
-        ahead = (users * (items[target.to(run.device)] - items[drawn.to(run.device)])).sum(1)
+        with torch.no_grad():
+            hardest = torch.bmm(items[drawn], users[:, :, None]).argmax(1)
+        ahead = (users * (items[target.to(run.device)] - items[drawn.gather(1, hardest)[:, 0]])).sum(1)
         return -F.logsigmoid(ahead).mean()
 
     checkpoint = run.checkpoint(past[:4], items=shape[0], decay=half_life_days, width=width, epochs=epochs, seed=seed)

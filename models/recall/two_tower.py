@@ -59,8 +59,6 @@ FEWEST = 3
 ID_DROPOUT = 0.25
 """Share of the ids hidden in a step, which trains the path that items without an id take. Items without content keep
 theirs: nothing else tells them apart."""
-EVENT_DROPOUT = 0.5
-"""Share of the events of a history hidden in a step: sets of items are learned by heart otherwise."""
 NOWHERE = -1e4
 """Attention logit of padding; finite, so that an empty history is no NaN."""
 
@@ -261,9 +259,6 @@ def _train(
 
     def loss(moments: _Moments, chosen: Tensor, drawn: Tensor, dropout: float) -> Tensor:
         past, kinds, ages_s = (column.to(device) for column in moments.before(chosen))
-        if dropout:
-            hidden = torch.rand(past.shape, device=device) < EVENT_DROPOUT
-            past, kinds = past.masked_fill(hidden, -1), kinds.masked_fill(hidden, 0)
         wanted, strength = (column.to(device) for column in moments.after(chosen))
         profile = codes[moments.user[chosen.numpy()]].to(device)
         moment, place = (wanted >= 0).nonzero(as_tuple=True)

@@ -4,7 +4,8 @@
   whose regularisation grows with the frequency, by conjugate gradients (Takács, Pilászy & Tikk, RecSys 2011). The
   encoder solves for a user's vector outright.
 - `fit_bpr`: Rendle, Freudenthaler, Gantner & Schmidt-Thieme (UAI, 2009), where a user is the sum of their items'
-  vectors as in FISM (Kabbur, Ning & Karypis, KDD 2013), the items to be foreseen left out.
+  vectors as in FISM (Kabbur, Ning & Karypis, KDD 2013), the items to be foreseen left out. Negatives are hard ones, the
+  best of several drawn (Zhang, Chen, Wang & Yu, SIGIR 2013).
 """
 
 import math
@@ -29,7 +30,7 @@ STEPS = 3
 CHUNK = 65_536
 """Pairs gathered at a time."""
 LEARNING_RATE = 0.01
-HARD = 8
+HARD = 32
 """Items drawn for a target of `fit_bpr`, of which the one that scores highest is told apart from it."""
 BATCH = 512
 """Users in a step of `fit_bpr`; less where an epoch would have fewer than 16 steps."""
@@ -135,7 +136,7 @@ def fit_bpr(
     seed: int = 0,
     run: Run = Run(),
 ) -> Vectors:
-    """Learns that a user wants what is hidden of them more than an item drawn uniformly."""
+    """Learns that a user wants what is hidden of them more than the hardest of `HARD` items drawn uniformly."""
     matrix = user_items(past, int(past.ts_ms.max(initial=0)), half_life_days)
     rng = np.random.default_rng(seed)
     shape = (matrix.shape[1], width)

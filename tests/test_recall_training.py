@@ -86,7 +86,7 @@ def killed_after(epochs: int) -> Callable[[int, float, float], None]:
 
 
 def same(one: Vectors, other: Vectors) -> bool:
-    states = one.encoder.state_dict(), other.encoder.state_dict()
+    states = [vectors.encoder.state_dict() if vectors.encoder else {} for vectors in (one, other)]
     return (
         np.array_equal(one.items, other.items)
         and np.array_equal(one.losses, other.losses, equal_nan=True)

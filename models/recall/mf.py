@@ -149,10 +149,13 @@ def fit_bpr(
 
     def loss(batch: tuple[sp.csr_matrix, Tensor, Tensor]) -> Tensor:
         given, line, target = batch
-        drawn = torch.from_numpy(rng.integers(0, shape[0], (len(target), HARD))).to(run.device)
+        rows = rng.integers(0, shape[0], (len(target), HARD))
+        own = torch.from_numpy(_among(rows, given, line.numpy(), target.numpy())).to(run.device)
+        drawn = torch.from_numpy(rows).to(run.device)
         users = bag(given, inputs)[line.to(run.device)]
         with torch.no_grad():
-            hardest = torch.bmm(items[drawn], users[:, :, None]).argmax(1)
+            # The hardest would else be what the user wants.
+            hardest = torch.bmm(items[drawn], users[:, :, None]).masked_fill(own[:, :, None], -torch.inf).argmax(1)
         ahead = (users * (items[target.to(run.device)] - items[drawn.gather(1, hardest)[:, 0]])).sum(1)
         return -F.logsigmoid(ahead).mean()
 
@@ -192,6 +195,15 @@ def halves(
             (batch.data[~hidden], (line[~hidden], batch.indices[~hidden])), shape=batch.shape, dtype=np.float32
         )
         yield given, torch.from_numpy(line[hidden]), torch.from_numpy(batch.indices[hidden].astype(np.int64))
+
+
+def _among(
+    drawn: npt.NDArray[np.int64], given: sp.csr_matrix, line: npt.NDArray[np.int64], target: npt.NDArray[np.int64]
+) -> npt.NDArray[np.bool_]:
+    """Which of the items drawn [T, H] for the targets are the very users', given or targets themselves."""
+    n_items = given.shape[1]
+    of_given = np.repeat(np.arange(given.shape[0]), np.diff(given.indptr)) * n_items + given.indices
+    return np.isin(line[:, None] * n_items + drawn, np.concatenate([of_given, line * n_items + target]))
 
 
 def on(matrix: sp.csr_matrix, device: torch.device) -> Tensor:

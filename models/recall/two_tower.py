@@ -32,7 +32,7 @@ from models.recall.training import Checkpoint, Losses, Run, train
 WIDTH = 64
 HEADS = 4
 HIDDEN = 128
-LEARNING_RATE = 2e-3
+LEARNING_RATE = 6e-4
 TEMPERATURE = 0.2
 """Where the learned temperature starts."""
 BATCH = 256
@@ -183,7 +183,7 @@ def fit(
     seed: int = 0,
     run: Run = Run(),
 ) -> Vectors:
-    """Trains until the loss on held-out users stops falling, and keeps the best epoch.
+    """Trains until it foresees what held-out users want no better, and keeps the best epoch.
 
     `features` [n, d] are of the items (`content.features`), `profiles` of the users by number. The same
     seed gives the same network on one thread. A million items with 130 features need some 4 GB.
@@ -257,7 +257,9 @@ def _train(
     shift = torch.where(targeted > 0, torch.log(targeted / now.clamp(min=1e-12)), 0.0)
     shift, negatives = shift.to(device), Negatives(targeted.to(device), UNIFORM)
 
-    def loss(moments: _Moments, chosen: Tensor, drawn: Tensor, dropout: float) -> Tensor:
+    def told(moments: _Moments, chosen: Tensor, drawn: Tensor, dropout: float) -> tuple[Tensor, ...]:
+        """Of W wanted items the logits and weights [W]; by moment the logits [B, S] of what they are told from, the
+        corrections [S] of these, and which moment each wanted item is of [W]."""
         past, kinds, ages_s = (column.to(device) for column in moments.before(chosen))
         wanted, strength = (column.to(device) for column in moments.after(chosen))
         profile = codes[moments.user[chosen.numpy()]].to(device)
@@ -276,12 +278,19 @@ def _train(
         column = torch.searchsorted(sampled, of_sampled[: len(target)])
         own = logit[moment, column]
         # No wanted item may serve as a negative of its own moment.
-        logit = logit + negatives.correction(row, times, len(target))
         others = logit.index_put((moment, column), logit.new_tensor(-torch.inf))
-        rest = others.logsumexp(1)[moment]
+        correction = negatives.correction(row, times, len(target))
         weights = strength[moment, place] / (wanted >= 0).sum(1)[moment]
-        total: Tensor = ((torch.logaddexp(own, rest) - own) * weights).sum() / weights.sum()
-        return total
+        return own, weights / weights.sum(), others, correction, moment
+
+    def loss(own: Tensor, weights: Tensor, others: Tensor, correction: Tensor, moment: Tensor) -> Tensor:
+        rest = (others + correction).logsumexp(1)[moment]
+        return ((torch.logaddexp(own, rest) - own) * weights).sum()
+
+    def gain(own: Tensor, weights: Tensor, others: Tensor, correction: Tensor, moment: Tensor) -> Tensor:
+        """The mean of 1 / log2(2 + rank)."""
+        rank = (others[moment] > own[:, None]).float() @ correction.exp()
+        return (weights / torch.log2(2.0 + rank)).sum()
 
     dense = [parameter for name, parameter in items.named_parameters() if name != "id.weight"]
     optimisers = (
@@ -300,12 +309,13 @@ def _train(
             yield from ((moments, batch) for batch in torch.split(torch.from_numpy(chosen), BATCH))
 
     def taught(batch: tuple[_Moments, Tensor]) -> Tensor:
-        return loss(*batch, negatives.draw(rng), ID_DROPOUT)
+        return loss(*told(*batch, negatives.draw(rng), ID_DROPOUT))
 
     def validate() -> tuple[float, float]:
-        pairs = zip(validation, drawn, strict=True)
-        mean = float(np.mean([loss(valid, *pair, 0.0).item() for pair in pairs]))
-        return mean, -mean
+        # By the loss the network is soon too sure of itself, while it still ranks better and better.
+        parts = [told(valid, *pair, 0.0) for pair in zip(validation, drawn, strict=True)]
+        lost, gained = (float(np.mean([mean(*part).item() for part in parts])) for mean in (loss, gain))
+        return lost, gained
 
     return train(
         nn.ModuleList([items, users]),

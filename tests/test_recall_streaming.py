@@ -85,7 +85,7 @@ def test_the_start_of_the_towers_is_the_same_in_parts() -> None:
     past = past._replace(row=np.random.default_rng(0).integers(0, ITEMS, len(past.row)).astype(np.int32))
     matrix = user_items(past, two_tower.HALF_LIFE_DAYS)
     whole, parts = (
-        two_tower._spectral(rows, np.random.default_rng(0))
+        two_tower._spectral(rows, 64, np.random.default_rng(0))
         for rows in ([matrix], [matrix[:20], matrix[20:], matrix[:0]])
     )
     np.testing.assert_allclose(like(parts), like(whole), atol=1e-4)

@@ -75,6 +75,7 @@ def write_tiny(folder: Path, version: str, prefix: str = "", window: int = 64) -
     vectors = rng.normal(0, 0.1, (len(names), WIDTH)).astype(np.float32)
     vectors[np.arange(len(names)), group.astype(int)] += 1.0
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    vectors = vectors.astype(np.float16).astype(np.float32)
     popularity = np.log1p(100.0 - 2 * number - group)
     draft.save(
         "catalog.safetensors",

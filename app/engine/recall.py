@@ -85,9 +85,15 @@ class VectorSource:
         else:
             # The GPU build of faiss takes CUDA tensors as they are; the CPU build wants numpy.
             scores, rows = self.index.search(users if users.is_cuda else users.numpy(), k)
-        # Of whom nothing is known, nothing is near.
-        rows = torch.where(users.any(1, keepdim=True), torch.as_tensor(rows), -1)
-        return _flat(rows, torch.as_tensor(scores))
+        rows, scores = torch.as_tensor(rows), torch.as_tensor(scores)
+        known = users.any(1)
+        if not known.all():
+            # Of whom nothing is known, nothing is near.
+            rows = torch.where(known[:, None], rows, -1)
+        elif self._scanned is not None:
+            query, rank = _cells(*rows.shape)
+            return Recalled(query, rows.flatten(), scores.flatten(), rank)
+        return _flat(rows, scores)
 
     def score(self, batch: Batch, query: Tensor, row: Tensor) -> Tensor:
         """Exact scores float32 [M] of (query, row) pairs of a batch that has been recalled."""
@@ -300,6 +306,13 @@ def open_source(spec: SourceSpec, bundle: Bundle, device: torch.device) -> Sourc
                 return ListSource(spec, bundle, device)
     except KeyError as error:
         raise BundleError(f"source {spec.name!r} has no {error}") from error
+
+
+@lru_cache(maxsize=128)
+def _cells(size: int, k: int) -> tuple[Tensor, Tensor]:
+    """Query and rank [B * k] where every query has k."""
+    cell = torch.arange(size * k)
+    return cell // k, cell % k
 
 
 def _flat(rows: Tensor, scores: Tensor) -> Recalled:

@@ -3,7 +3,7 @@
 Trained by cross-entropy over sampled items, as its authors found best (Hidasi & Karatzoglou, CIKM 2018), with input and
 output items sharing their vectors. It knows order and type of the events, not their times.
 
-On RetailRocket's sessions it finds .52 / .25 (HR@20 / MRR@20) where .567 / .324 are published of another
+On RetailRocket's sessions it finds .51 / .25 (HR@20 / MRR@20) where .567 / .324 are published of another
 split: two in five labels repeat the prefix, and it ranks repeats too low. Why is not yet known.
 """
 

@@ -3,15 +3,12 @@
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from app.bundle import Anchors
-from app.engine import kernels
 from app.engine.batch import Batch
 from app.engine.ordering import sort_with_position, summed
 from app.state.events import EventType
@@ -28,18 +25,6 @@ class Rule:
         for name, weight in spec.weights.items():
             self.by_kind[EventType[name.upper()]] = weight
         self.host = self.by_kind.cpu().numpy(), np.float32(self.decay), np.float32(self.step), self.limit
-
-
-def events(batch: Batch) -> tuple[npt.NDArray[Any], ...]:
-    """What the users did and what is on the page, as the compiled loops take it."""
-    return (
-        kernels.starts(batch.query.numpy(), batch.size),
-        batch.row.numpy(),
-        batch.age_days.numpy(),
-        batch.kind.numpy(),
-        kernels.starts(batch.anchor_query.numpy(), batch.size),
-        batch.anchor_row.numpy(),
-    )
 
 
 def anchors(rules: Sequence[Rule], batch: Batch, context: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from app.catalog import NO_ROW, Catalog
-from app.engine import Query
+from app.engine import Query, kernels
 from app.state.events import EVENT, EXCLUSION, MS_PER_DAY, Events, UserState, item_key
 
 PROFILE_BUCKETS = 4096
@@ -81,10 +81,26 @@ class Batch:
     states: Sequence[UserState]
     user_vectors: dict[str, Tensor] = field(default_factory=dict)
     """float32 [B, d] by vector source, left there by its recall."""
+    _host: tuple[npt.NDArray[Any], ...] | None = None
 
     @property
     def size(self) -> int:
         return len(self.queries)
+
+    def host(self) -> tuple[npt.NDArray[Any], ...]:
+        """What the users did and what is on the page, as the compiled loops take it: starts, rows, ages in days and
+        kinds, and the starts and rows of the page."""
+        # Every source asks.
+        if self._host is None:
+            self._host = (
+                kernels.starts(self.query.numpy(), self.size),
+                self.row.numpy(),
+                self.age_days.numpy(),
+                self.kind.numpy(),
+                kernels.starts(self.anchor_query.numpy(), self.size),
+                self.anchor_row.numpy(),
+            )
+        return self._host
 
     def profile(self, width: int) -> Tensor:
         """int64 [B, width]: the users' hashed profile attributes, padded with 0."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from app.bundle import BasketSpec, Bundle, BundleError, ListSpec, NeighbourSpec, SourceSpec, VectorSpec
 from app.engine import kernels
-from app.engine.anchors import Rule, anchors, events
+from app.engine.anchors import Rule, anchors
 from app.engine.batch import Batch, Scratch, profile_codes
 from app.engine.ordering import ranked, sort_with_position, summed
 from app.engine.users import halves, open_users
@@ -164,7 +164,7 @@ def recall_neighbours(
 def _near_anchors(
     table: Table, rule: Rule, batch: Batch, context: bool, depth: int, total: npt.NDArray[np.float32]
 ) -> Recalled:
-    found = kernels.neighbours(*table.host, *events(batch), *rule.host, context, depth, total)
+    found = kernels.neighbours(*table.host, *batch.host(), *rule.host, context, depth, total)
     return Recalled(*map(torch.from_numpy, found))
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from app.bundle import Anchors, Bundle, BundleError, VectorSpec
 from app.engine import kernels
-from app.engine.anchors import Rule, anchors, events
+from app.engine.anchors import Rule, anchors
 from app.engine.batch import Batch, Scratch
 from app.engine.ordering import from_end
 from app.engine.program import load_program
@@ -52,18 +52,9 @@ class Encoder:
     def _events(self, batch: Batch, context: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         length, device = self._length, batch.device
         if isinstance(batch.scratch, Scratch):
-            found = kernels.history(
-                self._host,
-                kernels.starts(batch.query.numpy(), batch.size),
-                batch.row.numpy(),
-                batch.kind.numpy(),
-                batch.age_days.numpy(),
-                kernels.starts(batch.anchor_query.numpy(), batch.size),
-                batch.anchor_row.numpy(),
-                int(EventType.VIEW_ITEM),
-                context,
-                length,
-            )
+            begin, rows, age_days, kind_of, *page = batch.host()
+            viewed = int(EventType.VIEW_ITEM)
+            found = kernels.history(self._host, begin, rows, kind_of, age_days, *page, viewed, context, length)
             vectors, kinds, ages_s = map(torch.from_numpy, found)
             return vectors, kinds, ages_s, batch.profile(self._profile)
         query, row, kind, last = batch.query, batch.row, batch.kind, batch.from_end
@@ -100,7 +91,7 @@ class Sum:
         """float32 [B, d]: unit vectors, 0 of whom nothing is known."""
         if isinstance(batch.scratch, Scratch):
             scratch = batch.scratch.total
-            return torch.from_numpy(kernels.pooled(self._host, *events(batch), *self._rule.host, context, scratch))
+            return torch.from_numpy(kernels.pooled(self._host, *batch.host(), *self._rule.host, context, scratch))
         query, row, weight = anchors([self._rule], batch, context)
         weighted = self._inputs.index_select(0, row).float() * weight[:, None]
         total = torch.zeros(batch.size, weighted.shape[1], device=batch.device).index_add_(0, query, weighted)

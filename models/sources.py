@@ -270,26 +270,19 @@ def _two_tower(draft: Draft, past: Past) -> None:
         _vectors(draft, "two_tower", towers, past.seed)
 
 
-def _sasrec(draft: Draft, past: Past) -> None:
+def _sequences(draft: Draft, past: Past, name: str, fitted: Callable[..., Vectors]) -> None:
     if len(past.events.user) >= TOWERS_FROM:
-        network = sasrec.fit(
-            past.events,
-            features=content.features(past.items.frame),
-            seed=past.seed,
-            run=_noted(past, "sasrec"),
-        )
-        _vectors(draft, "sasrec", network, past.seed)
+        features = content.features(past.items.frame)
+        network = fitted(past.events, features=features, seed=past.seed, run=_noted(past, name))
+        _vectors(draft, name, network, past.seed)
+
+
+def _sasrec(draft: Draft, past: Past) -> None:
+    _sequences(draft, past, "sasrec", sasrec.fit)
 
 
 def _gru4rec(draft: Draft, past: Past) -> None:
-    if len(past.events.user) >= TOWERS_FROM:
-        network = gru4rec.fit(
-            past.events,
-            features=content.features(past.items.frame),
-            seed=past.seed,
-            run=_noted(past, "gru4rec"),
-        )
-        _vectors(draft, "gru4rec", network, past.seed)
+    _sequences(draft, past, "gru4rec", gru4rec.fit)
 
 
 def _spectral(draft: Draft, past: Past) -> None:

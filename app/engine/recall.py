@@ -68,7 +68,7 @@ class VectorSource:
                 f"users of {self.name!r} are {self._users.width} wide, {spec.vectors} {list(vectors.shape)}"
             )
         self.index = _open_index(str(bundle.path / spec.index), device)
-        # Where every item is looked at anyway, rough scores and exact ones of the best take a third of FAISS's time.
+        # Where every item is looked at anyway, rough scores and exact ones of the best take a quarter of FAISS's time.
         exact = isinstance(faiss.downcast_index(self.index), faiss.IndexFlat)
         self._scanned = vectors.bfloat16().t() if exact and device.type == "cpu" else None
         if (self.index.ntotal, self.index.d) != tuple(vectors.shape):

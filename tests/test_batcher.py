@@ -8,7 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.engine import Overloaded, Query, Slate
-from app.engine.batcher import Answer, Batcher
+from app.engine.batcher import TURNS, Answer, Batcher
+
+SETTLED = 3 + TURNS
+"""Turns of the loop in which a query that came alone is in work."""
 
 
 def slate(query: Query) -> Slate:
@@ -136,25 +139,45 @@ def test_the_waiting_room_is_for_those_who_wait() -> None:
                 return asyncio.create_task(batcher.submit(Query(name)))
 
             first = submit("first")
-            await ticks(3)
+            await ticks(SETTLED)
             assert gate.batches == [["first"]], "a query in work does not wait"
             crowd = [submit(f"{n}") for n in range(5)]
-            await ticks(3)
+            await ticks(SETTLED)
             for task in crowd[3:]:
                 with pytest.raises(Overloaded) as refused:
                     await task
                 assert refused.value.retry_after_s > 0
             crowd[0].cancel()
             crowd[2].cancel()
-            await ticks(3)
+            await ticks(SETTLED)
             later = [submit("a"), submit("b")]
-            await ticks(3)
+            await ticks(SETTLED)
             with pytest.raises(Overloaded):
                 await submit("c")
             gate.open.set()
             answers = await asyncio.gather(first, crowd[1], *later)
             assert [answer.request_id for answer in answers] == ["first", "1", "a", "b"]
             assert gate.batches == [["first"], ["1", "a"], ["b"]]
+
+        await running(batcher, body)
+
+    asyncio.run(run())
+
+
+def test_whoever_has_arrived_goes_along() -> None:
+    async def run() -> None:
+        gate = Gate()
+        gate.open.set()
+        batcher = Batcher(gate, 4, 8)
+
+        async def arrive(name: str, turns: int) -> None:
+            await ticks(turns)
+            await batcher.submit(Query(name))
+
+        async def body() -> None:
+            # One a turn, as a loop comes to its sockets; the last finds a full batch.
+            await asyncio.gather(*(arrive(f"{n}", n) for n in range(5)))
+            assert gate.batches == [["0", "1", "2", "3"], ["4"]]
 
         await running(batcher, body)
 
@@ -168,7 +191,7 @@ def test_one_who_leaves_while_the_answer_is_made_harms_nobody() -> None:
 
         async def body() -> None:
             tasks = [asyncio.create_task(batcher.submit(Query(f"{n}"))) for n in range(3)]
-            await ticks(3)
+            await ticks(SETTLED)
             assert gate.batches == [["0", "1", "2"]]
             tasks[1].cancel()
             gate.open.set()
@@ -214,10 +237,10 @@ def test_there_is_no_timer() -> None:
     async def run() -> None:
         batcher = Batcher(answer, 32, 32)
         loop = asyncio.create_task(batcher.run())
-        await ticks(3)
+        await ticks(SETTLED)
         for name in ("first", "second"):
             task = asyncio.create_task(batcher.submit(Query(name)))
-            await ticks(5)
+            await ticks(SETTLED + 2)
             assert task.done(), "a single query was made to wait"
             assert task.result().request_id == name
         assert timers == []
@@ -237,7 +260,7 @@ def test_whoever_waits_when_it_ends_is_told(in_work: bool) -> None:
         batcher = Batcher(answer, 1, 8)
         loop = asyncio.create_task(batcher.run())
         tasks = [asyncio.create_task(batcher.submit(Query(f"{n}"))) for n in range(3)]
-        await ticks(3 if in_work else 1)
+        await ticks(SETTLED if in_work else 1)
         assert len(gate.batches) == in_work
         loop.cancel()
         results = await asyncio.gather(*tasks, return_exceptions=True)

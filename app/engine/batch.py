@@ -82,6 +82,7 @@ class Batch:
     user_vectors: dict[str, Tensor] = field(default_factory=dict)
     """float32 [B, d] by vector source, left there by its recall."""
     _host: tuple[npt.NDArray[Any], ...] | None = None
+    _profiles: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
@@ -104,8 +105,10 @@ class Batch:
 
     def profile(self, width: int) -> Tensor:
         """int64 [B, width]: the users' hashed profile attributes, padded with 0."""
-        hashed = [profile_codes(state.profile, width) for state in self.states]
-        return torch.tensor(hashed, dtype=torch.int64, device=self.device)
+        if width not in self._profiles:
+            hashed = [profile_codes(state.profile, width) for state in self.states]
+            self._profiles[width] = torch.tensor(hashed, dtype=torch.int64, device=self.device)
+        return self._profiles[width]
 
 
 def collate(

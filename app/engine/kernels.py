@@ -47,6 +47,8 @@ AHEAD = 8
 """Candidates between asking for an item's columns and reading them."""
 SAMPLE = 512
 """Scores from which a bound for the best of all is taken."""
+LEAST = np.uint16(0xFFFF)
+"""The bits of a bfloat16 below which there is none."""
 BLOCK = 16
 """Scores that are passed over together."""
 REORDERED = {"reassoc", "contract"}
@@ -456,22 +458,25 @@ def _brain(bits: np.uint16) -> np.float32:
     return _float(np.uint32(bits) << np.uint32(16))
 
 
-@njit("i8(u2[::1], f4, i8[::1])", cache=True, nogil=True)
-def _above(score: Halves, bound: np.float32, found: Longs) -> int:
-    """Fills `found` with where the bfloat16 scores are at least `bound`; returns how many these are."""
+@njit("i8(u2[::1], u2, i8[::1])", cache=True, nogil=True)
+def _above(score: Halves, bound: np.uint16, found: Longs) -> int:
+    """Fills `found` with where the bfloat16 scores are at least `bound`; returns how many."""
+    # The bits of positive numbers ascend with them, those of negative ones, which are higher, descend.
+    lowest = np.uint16(0) if bound >> 15 else bound
+    reach = np.uint16((bound if bound >> 15 else np.uint16(0x7FFF)) - lowest)
     whole = len(score) // BLOCK
     blocks = score[: whole * BLOCK].reshape(whole, BLOCK)
     count = 0
     for block in range(whole + 1):
-        # Of a length that the compiler knows, or it takes the scores one by one.
-        hit = np.int32(block == whole)
+        # Of a length that the compiler knows, and without an operation of more bits, or it takes them one by one.
+        hit = np.uint16(block == whole)
         if block < whole:
             for place in range(BLOCK):
-                hit |= np.int32(_brain(blocks[block, place]) >= bound)
+                hit |= np.uint16(np.uint16(blocks[block, place] - lowest) <= reach)
         if hit:
             for column in range(block * BLOCK, min(block * BLOCK + BLOCK, len(score))):
                 found[count] = column
-                count += _brain(score[column]) >= bound
+                count += np.uint16(score[column] - lowest) <= reach
     return count
 
 
@@ -499,9 +504,9 @@ def nearest(rough: Halves, users: Floats, vectors: Halves, k: int) -> tuple[Long
         for place in range(sampled):
             keys[place] = np.uint64(_descending(_brain(rough[one, place * stride]))) << np.uint64(32)
         bound = _score(np.uint32(_best(keys, sampled, wanted, histogram)[wanted - 1] >> np.uint64(32)))
-        count = _above(rough[one], bound, rows)
+        count = _above(rough[one], np.uint16(_bits(bound) >> np.uint32(16)), rows)
         if count < k:
-            count = _above(rough[one], -np.float32(np.inf), rows)
+            count = _above(rough[one], LEAST, rows)
         for place in range(count):
             if place + AHEAD < count:
                 at = rows[place + AHEAD] * width
@@ -709,8 +714,10 @@ def history(
                 break
             place -= 1
             kinds[query, place] = page_kind
+            # A local, or the compiler reads it again for every column: it may lie where it writes.
+            own = page_row[item]
             for column in range(width):
-                found[query, place, column] = _single(vectors[page_row[item], column])
+                found[query, place, column] = _single(vectors[own, column])
         if context and place < length:
             continue
         first = max(begin[query], begin[query + 1] - place)
@@ -722,8 +729,9 @@ def history(
         for event in range(begin[query + 1] - 1, first - 1, -1):
             place -= 1
             kinds[query, place], ages_s[query, place] = kind[event], age_days[event] * np.float32(86_400)
+            own = row[event]
             for column in range(width):
-                found[query, place, column] = _single(vectors[row[event], column])
+                found[query, place, column] = _single(vectors[own, column])
     return found, kinds, ages_s
 
 

@@ -55,8 +55,9 @@ class LeastSquares(nn.Module):
         weighted = history * weight
         diagonal = torch.diag_embed(self.base + self.ridge * weight.sum(1))
         normal = torch.baddbmm(diagonal, weighted.transpose(1, 2), history)
-        solved: Tensor = torch.linalg.solve(normal, weighted.sum(1))
-        return solved
+        # In half the time of a general solver; `base` keeps the matrix positive.
+        lower = torch.linalg.cholesky_ex(normal).L
+        return torch.cholesky_solve(weighted.sum(1).unsqueeze(2), lower).squeeze(2)
 
 
 def fit_als(

@@ -77,8 +77,8 @@ class UserTower(nn.Module):
         nn.init.zeros_(self.kind.weight)
         nn.init.constant_(self.kind.weight[0], NOWHERE)
         # An age of a seconds counts as a ** rate: from heads that forget nothing to heads of this session.
-        self.rate = nn.Parameter(-torch.linspace(0.0, 1.0, HEADS))
-        self.query = nn.Parameter(torch.randn(1, width, HEADS) * 0.1)
+        self.rate = nn.Parameter(-torch.linspace(0.0, 1.0, HEADS)[:, None])
+        self.query = nn.Parameter(torch.randn(1, HEADS, width) * 0.1)
         self.profile = nn.Embedding(PROFILE_BUCKETS, width, padding_idx=0)
         nn.init.normal_(self.profile.weight, std=0.02)
         nn.init.zeros_(self.profile.weight[0])
@@ -91,10 +91,11 @@ class UserTower(nn.Module):
         self.scale = nn.Parameter(torch.tensor(1.0 / TEMPERATURE / math.sqrt(width)))
 
     def forward(self, history: Tensor, kinds: Tensor, ages_s: Tensor, profile: Tensor) -> Tensor:
-        age = torch.log1p(ages_s).unsqueeze(2)
-        logit = torch.addcmul(self.kind(kinds), age, self.rate)
-        share = torch.baddbmm(logit, history, self.query.expand(history.shape[0], -1, -1)).softmax(1)
-        pooled = torch.bmm(share.transpose(1, 2), history).flatten(1)
+        age = torch.log1p(ages_s).unsqueeze(1)
+        # Heads before events: a softmax over what lies side by side takes half the time.
+        logit = torch.addcmul(self.kind(kinds).transpose(1, 2), age, self.rate)
+        share = torch.baddbmm(logit, self.query.expand(history.shape[0], -1, -1), history.transpose(1, 2)).softmax(2)
+        pooled = torch.bmm(share, history).flatten(1)
         hidden = F.relu(self.hidden(torch.cat([pooled, self.profile(profile).sum(1)], 1)))
         # Layer norm without weights is an L2 norm in one operation, less the mean.
         return F.layer_norm(torch.addmm(self.mix(pooled), hidden, self.out), history.shape[2:]) * self.scale

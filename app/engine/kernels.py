@@ -7,7 +7,8 @@ candidates stay in the first-level cache from the first neighbour to the last fe
 holds both forms to each other.
 
 Signatures are explicit, so that everything is compiled when the module is first imported, and kept on disk
-(`NUMBA_CACHE_DIR`, by default beside this file); nothing is compiled while a request waits. Half-precision
+(`NUMBA_CACHE_DIR`, by default beside this file); nothing is compiled while a request waits. They share a file, for what
+is kept of one is renewed only when its own file changes, not when that of one it calls does. Half-precision
 floats come as their bits, uint16: numba has no such type on a CPU.
 """
 

@@ -31,7 +31,7 @@ WARM_UP = 10
 """Steps in which the learning rate is reached; over the others it falls to zero."""
 BATCH = 1024
 """Users in a step; less where an epoch would have fewer than 16 steps."""
-POPULARITY = 0.1
+POPULARITY = 0.05
 """Power of an item's degree that its vector is scaled by in the end: a cosine alone knows no popularity."""
 NEGATIVES = 12_288
 """Uniformly drawn items in a step, or all there are: the more, the better it ranks."""
@@ -42,7 +42,7 @@ def fit(
     *,
     half_life_days: float | None = 60.0,
     width: int = 128,
-    epochs: int = 6,
+    epochs: int = 16,
     history: int = 256,
     seed: int = 0,
     run: Run = Run(),

@@ -29,8 +29,8 @@ TEMPERATURE = 0.1
 LEARNING_RATE = 0.02
 WARM_UP = 10
 """Steps in which the learning rate is reached; over the others it falls to zero."""
-BATCH = 1024
-"""Users in a step; less where an epoch would have fewer than 16 steps."""
+BATCH = 32, 1024
+"""Users in a step: the most, or less where an epoch would have fewer than 16 steps, but not below the least."""
 POPULARITY = 0.05
 """Power of an item's degree that its vector is scaled by in the end: a cosine alone knows no popularity."""
 NEGATIVES = 12_288
@@ -67,7 +67,7 @@ def fit(
         items = table + product(back, product(walk, table))
         return items * of_item**-0.5, F.normalize(items, dim=1)
 
-    steps = math.ceil(len(active) / min(BATCH, math.ceil(len(active) / 16))) if len(active) else 0
+    steps = math.ceil(len(active) / np.clip(len(active) / 16, *BATCH))
     optimiser = torch.optim.Adam([table], betas=(0.9, 0.99), fused=True)
 
     def batches(epoch: int) -> Iterator[npt.NDArray[np.int64]]:

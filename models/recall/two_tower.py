@@ -89,7 +89,7 @@ class Manner:
 
 
 SEQUENCES = Manner(False, 0.2, 4096, LEARNING_RATE, 1.0, 0.0)
-SETS = Manner(True, 0.1, 12_288, 2e-2, 0.85, 0.07)
+SETS = Manner(True, 0.1, 12_288, 2e-2, 0.85, 0.05)
 
 
 class UserTower(nn.Module):

@@ -201,10 +201,13 @@ def sets(size: int = 6) -> Interactions:
 
 
 def test_sets_without_an_order_teach_who_goes_with_whom() -> None:
-    nothing = np.zeros((2 * GROUP, 8), np.float32)
-    towers = two_tower.fit(sets(), features=nothing, profiles=[{}] * 120, history=8)
+    past, nothing = sets(), np.zeros((2 * GROUP, 8), np.float32)
+    towers = two_tower.fit(past, features=nothing, profiles=[{}] * 120, history=8)
     best = np.argsort(-scores([[1, 2, 3], [GROUP + 1, GROUP + 2, GROUP + 3]], towers), axis=1)[:, : GROUP // 2]
     assert (best[0] < GROUP).all() and (best[1] >= GROUP).all()
+    times = np.bincount(past.row, minlength=2 * GROUP)
+    np.testing.assert_allclose(np.linalg.norm(towers.items, axis=1), (times / times.mean()) ** 0.05, rtol=1e-4)
+    assert towers.encoder.state_dict()["scale"] * two_tower.WIDTH**0.5 == pytest.approx(10.0)
 
 
 def test_a_set_is_told_from_all_of_it_and_to_be_tested_its_end_from_the_rest() -> None:

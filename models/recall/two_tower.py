@@ -88,8 +88,8 @@ class Manner:
     popular."""
 
 
-SEQUENCES = Manner(False, 0.2, 4096, LEARNING_RATE, 1.0, 0.0)
-SETS = Manner(True, 0.1, 12_288, 2e-2, 0.85, 0.05)
+SEQUENCES = Manner(sets=False, temperature=0.2, uniform=4096, id_rate=LEARNING_RATE, decay=1.0, popularity=0.0)
+SETS = Manner(sets=True, temperature=0.1, uniform=12_288, id_rate=2e-2, decay=0.85, popularity=0.05)
 
 
 class UserTower(nn.Module):
@@ -143,7 +143,7 @@ class ItemTower(nn.Module):
         self.known = nn.Buffer(known, persistent=False)
         self.described = nn.Buffer(features.any(1), persistent=False)
         self.length = nn.Buffer(length, persistent=False)
-        """float32 [n]: of the vectors that are served."""
+        """float32 [n]: of the vectors that are served, which are those of a history too."""
 
     def forward(self, rows: Tensor, dropout: float = 0.0) -> Tensor:
         known = self.known[rows]

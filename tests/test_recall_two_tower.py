@@ -11,8 +11,9 @@ from torch import Tensor
 from app.engine.program import load_program, save_program
 from app.state.events import EventType
 from models.recall import Interactions, Vectors, two_tower
+from models.recall.streaming import spilled
 from models.recall.training import Run
-from models.recall.two_tower import _Moments
+from models.recall.two_tower import SEQUENCES, SETS, Manner, _manner, _Moments
 
 HOUR_MS = 3_600_000
 GROUP = 20
@@ -171,12 +172,12 @@ def test_history_lies_before_the_targets_and_is_of_the_same_user(events: list[tu
     logged = Interactions(
         user.astype(np.int32), row.astype(np.int32), hour * HOUR_MS, kind.astype(np.uint8), n_items=10
     )
-    moments = _Moments(logged, history=4)
-    everything = torch.arange(len(moments.at))
+    moments = _Moments(logged, history=4, sets=False)
+    everything = torch.arange(len(moments.now))
     past, kinds, ages_s = moments.before(everything)
     wanted, strength = moments.after(everything)
     assert ((wanted >= 0).any(1)).all(), "every moment has something to foresee"
-    for index in range(len(moments.at)):
+    for index in range(len(moments.now)):
         of_user, now_ms = int(moments.user[index]), int(moments.ts_ms[index])
         mine = [event for event in ordered if event[0] == of_user]
         before = [event for event in mine if event[2] * HOUR_MS < now_ms][-4:]
@@ -189,3 +190,53 @@ def test_history_lies_before_the_targets_and_is_of_the_same_user(events: list[tu
         targets = wanted[index][wanted[index] >= 0].tolist()
         assert sorted(targets) == sorted({event[1] for event in after if event[3] != EventType.HIDE})
         assert (strength[index][wanted[index] >= 0] > 0).all()
+
+
+def sets(size: int = 6) -> Interactions:
+    """Users who bought some of the items of their group at once, a millisecond apart."""
+    past = checkerboard(length=size)
+    rng = np.random.default_rng(2)
+    some = [rng.permutation(GROUP)[:size] + user % 2 * GROUP for user in range(120)]
+    return past._replace(row=np.concatenate(some).astype(np.int32), ts_ms=np.tile(np.arange(size), 120))
+
+
+def test_sets_without_an_order_teach_who_goes_with_whom() -> None:
+    past, nothing = sets(), np.zeros((2 * GROUP, 8), np.float32)
+    towers = two_tower.fit(past, features=nothing, profiles=[{}] * 120, history=8)
+    best = np.argsort(-scores([[1, 2, 3], [GROUP + 1, GROUP + 2, GROUP + 3]], towers), axis=1)[:, : GROUP // 2]
+    assert (best[0] < GROUP).all() and (best[1] >= GROUP).all()
+    times = np.bincount(past.row, minlength=2 * GROUP)
+    np.testing.assert_allclose(np.linalg.norm(towers.items, axis=1), (times / times.mean()) ** 0.05, rtol=1e-4)
+    assert towers.encoder.state_dict()["scale"] * two_tower.WIDTH**0.5 == pytest.approx(10.0)
+
+
+def test_a_set_is_told_from_all_of_it_and_to_be_tested_its_end_from_the_rest() -> None:
+    past = sets().where(np.s_[:6])
+    every = torch.tensor([0])
+    history, kinds, ages_s = (column[0].tolist() for column in _Moments(past, 8, sets=True).before(every))
+    assert history == [-1, -1, *past.row]
+    assert kinds == [0, 0] + [EventType.PURCHASE] * 6
+    assert ages_s == pytest.approx([0.0, 0.0, 0.005, 0.004, 0.003, 0.002, 0.001, 0.0])
+    rows, strength = (column[0].tolist() for column in _Moments(past, 8, sets=True).after(every))
+    assert rows == sorted(past.row) and strength == [2.0] * 6
+    tested = _Moments(past, 8, sets=True, tested=True)
+    assert tested.before(every)[0][0].tolist() == [-1] * 4 + past.row[:4].tolist()
+    rows, strength = (column[0].tolist() for column in tested.after(every))
+    assert rows == sorted(past.row), "what is known is no negative"
+    assert {row for row, wanted in zip(rows, strength, strict=True) if wanted} == set(past.row[4:].tolist())
+
+
+def test_lines_within_a_second_are_one_basket() -> None:
+    past = sets()._replace(ts_ms=np.tile(np.array([0, 999, 1998, 2998, 2999, 5000]), 120))
+    assert _Moments(past.where(np.s_[:6]), 8, sets=False).now.tolist() == [0, 3, 5]
+
+
+def test_an_order_makes_no_sets() -> None:
+    def manner(past: Interactions) -> Manner:
+        with spilled(past, np.ones(len(past.user), bool), seed=0) as parts:
+            return _manner(parts)
+
+    assert manner(sets()) == SETS
+    assert manner(checkerboard()) == SEQUENCES
+    assert manner(sets(size=1)) == SEQUENCES, "single events are no sets"
+    assert manner(sets().where(np.zeros(720, bool))) == SEQUENCES

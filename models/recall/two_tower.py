@@ -8,10 +8,14 @@ which say already who goes with whom (Cremonesi et al., RecSys 2010; Halko et al
 taste from a long past but popularity from the last days: the logits of training are shifted by
 log(popularity among targets / popularity now), so that the score alone carries the popularity of now
 (prior shift; Saerens et al., 2002).
+
+Where most users have but one basket there is no order to learn. All of such a set is then told from all of it, as an
+autoencoder's input is (Liang et al., WWW 2018), at cosines of a fixed temperature and rates of their own (`SETS`).
 """
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -33,13 +37,15 @@ WIDTH = 64
 HEADS = 4
 HIDDEN = 128
 LEARNING_RATE = 6e-4
-TEMPERATURE = 0.2
-"""Where the learned temperature starts."""
 BATCH = 256
-UNIFORM = 4096
-"""Uniformly drawn items in a batch."""
 TARGETS = 16
 """Events after a moment that it has to foresee."""
+BASKET_MS = 1000
+"""Events that follow each other faster are of one basket."""
+LARGEST = 1024
+"""Events of a set that are told from it, at most."""
+TOLD = 0.2
+"""Share of a held-out set that has to be told from its rest."""
 EPOCH = 20_000
 """Moments in an epoch, or an eighth of all where that is more."""
 MOST_EPOCHS = 30
@@ -63,6 +69,29 @@ NOWHERE = -1e4
 """Attention logit of padding; finite, so that an empty history is no NaN."""
 
 
+@dataclass(frozen=True, slots=True)
+class Manner:
+    """How a log is learned from."""
+
+    sets: bool
+    """Whether users of one basket are sets, of which every event counts alike; else it is the moments that do."""
+    temperature: float
+    """Where the learned temperature starts, or of sets stays: who may copy is soon too sure."""
+    uniform: int
+    """Uniformly drawn items in a batch."""
+    id_rate: float
+    """Learning rate of the ids in the first epoch."""
+    decay: float
+    """What an epoch leaves of the learning rates."""
+    popularity: float
+    """Power of an item's events that its vector is scaled by: who tells a set from itself need not know what is
+    popular."""
+
+
+SEQUENCES = Manner(sets=False, temperature=0.2, uniform=4096, id_rate=LEARNING_RATE, decay=1.0, popularity=0.0)
+SETS = Manner(sets=True, temperature=0.1, uniform=12_288, id_rate=2e-2, decay=0.85, popularity=0.05)
+
+
 class UserTower(nn.Module):
     """What the engine runs: `forward(history, kinds, ages_s, profile) -> [B, width]`.
 
@@ -71,7 +100,7 @@ class UserTower(nn.Module):
     each costs more to start than to do.
     """
 
-    def __init__(self, width: int = WIDTH) -> None:
+    def __init__(self, width: int = WIDTH, manner: Manner = SEQUENCES) -> None:
         super().__init__()
         self.kind = nn.Embedding(256, HEADS)
         nn.init.zeros_(self.kind.weight)
@@ -88,7 +117,8 @@ class UserTower(nn.Module):
         self.mix = nn.Linear(HEADS * width, width)
         nn.init.zeros_(self.mix.bias)
         self.mix.weight.data.copy_(torch.eye(width).repeat(1, HEADS) / HEADS)
-        self.scale = nn.Parameter(torch.tensor(1.0 / TEMPERATURE / math.sqrt(width)))
+        scale = torch.tensor(1.0 / manner.temperature / math.sqrt(width))
+        self.scale = nn.Parameter(scale, requires_grad=not manner.sets)
 
     def forward(self, history: Tensor, kinds: Tensor, ages_s: Tensor, profile: Tensor) -> Tensor:
         age = torch.log1p(ages_s).unsqueeze(1)
@@ -104,7 +134,7 @@ class UserTower(nn.Module):
 class ItemTower(nn.Module):
     """Unit vectors of items, from id and content, or from content alone where the id says nothing yet."""
 
-    def __init__(self, start: Tensor, features: Tensor, known: Tensor) -> None:
+    def __init__(self, start: Tensor, features: Tensor, known: Tensor, length: Tensor) -> None:
         super().__init__()
         # Sparse gradients: a step costs what its items cost, not what the catalog does.
         self.id = nn.Embedding.from_pretrained(start, freeze=False, sparse=True)  # type: ignore[no-untyped-call]
@@ -112,6 +142,8 @@ class ItemTower(nn.Module):
         self.features = nn.Buffer(features, persistent=False)
         self.known = nn.Buffer(known, persistent=False)
         self.described = nn.Buffer(features.any(1), persistent=False)
+        self.length = nn.Buffer(length, persistent=False)
+        """float32 [n]: of the vectors that are served, which are those of a history too."""
 
     def forward(self, rows: Tensor, dropout: float = 0.0) -> Tensor:
         known = self.known[rows]
@@ -121,40 +153,53 @@ class ItemTower(nn.Module):
         return F.normalize(self.id(rows) * known[:, None] + self.content(self.features[rows]), dim=1)
 
 
-class _Moments:
-    """Times of which something can be learned: before each event that is later than the one before it.
+def _baskets(past: Interactions) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    """Which events are the first of their user, and which the first of a basket."""
+    first = np.ones(len(past.user), bool)
+    first[1:] = past.user[1:] != past.user[:-1]
+    later = first.copy()
+    later[1:] |= np.diff(past.ts_ms) >= BASKET_MS
+    return first, later
 
-    Lines of one basket share their time and so are one moment: none of them is another's history.
+
+class _Moments:
+    """Times of which something can be learned: before each event that is later than the one before it by `BASKET_MS`.
+
+    Lines of one basket are one moment: none of them is another's history. With `sets`, a user of a single basket is
+    one: all of it is told from all of it, or, to be `tested`, its end from the rest.
     """
 
-    def __init__(self, past: Interactions, history: int) -> None:
-        user, row, ts_ms, kind, _ = past
-        first = np.ones(len(user), bool)
-        first[1:] = user[1:] != user[:-1]
-        later = first.copy()
-        later[1:] |= ts_ms[1:] != ts_ms[:-1]
+    def __init__(self, past: Interactions, history: int, sets: bool, tested: bool = False) -> None:
+        first, later = _baskets(past)
         at, begin = np.flatnonzero(later), np.flatnonzero(first)
         owner = np.cumsum(first)[at] - 1
-        end = np.append(begin[1:], len(user))[owner]
-        wanted = np.append(0, np.cumsum(STRENGTH[kind] > 0))
-        useful = wanted[np.minimum(at + TARGETS, end)] > wanted[at]
-        self.at, self.begin, self.end = (torch.from_numpy(x[useful]) for x in (at, begin[owner], end))
-        self.user = user[at[useful]]
-        self.ts_ms = ts_ms[at[useful]]
-        self._row = torch.from_numpy(row.astype(np.int64))
-        self._kind = torch.from_numpy(kind.astype(np.int64))
-        self._strength = torch.from_numpy(STRENGTH[kind])
-        self._ts_ms = torch.from_numpy(ts_ms)
+        begin, end = begin[owner], np.append(begin[1:], len(first))[owner]
+        whole = (np.bincount(owner)[owner] == 1) & (end - begin > 1) & sets
+        cut = end - np.ceil(TOLD * (end - begin)).astype(np.int64) if tested else end
+        # The history ends at `now`. What is `known` is no negative, and wanted from `start` on.
+        now = np.where(whole, cut, at)
+        known = np.where(whole, np.maximum(begin, end - LARGEST), at)
+        start = now if tested else known
+        end = np.where(whole, end, np.minimum(at + TARGETS, end))
+        wanted = np.append(0, np.cumsum(STRENGTH[past.kind] > 0))
+        useful = wanted[end] > wanted[start]
+        self.now, self.begin, self.known, self.start, self.end = (
+            torch.from_numpy(x[useful]) for x in (now, begin, known, start, end)
+        )
+        self.user = past.user[at[useful]]
+        self.ts_ms = past.ts_ms[np.minimum(now, end - 1)[useful]]
+        self._row = torch.from_numpy(past.row.astype(np.int64))
+        self._kind = torch.from_numpy(past.kind.astype(np.int64))
+        self._strength = torch.from_numpy(STRENGTH[past.kind])
+        self._ts_ms = torch.from_numpy(past.ts_ms)
         self._history = torch.arange(-history, 0)
-        self._targets = torch.arange(TARGETS)
 
     def before(self, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rows [B, L] (-1 where padding), kinds and ages in seconds of the last events before these moments."""
-        at = self.at[chosen, None]
-        index = at + self._history
+        index = self.now[chosen, None] + self._history
         real = index >= self.begin[chosen, None]
         index = index.clamp(min=0)
-        age_s = (self._ts_ms[at] - self._ts_ms[index]).float() / 1000.0
+        age_s = (torch.from_numpy(self.ts_ms[chosen.numpy(), None]) - self._ts_ms[index]).float() / 1000.0
         return (
             torch.where(real, self._row[index], -1),
             torch.where(real, self._kind[index], 0),
@@ -162,15 +207,17 @@ class _Moments:
         )
 
     def after(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        """Distinct rows wanted next [B, T] (-1 where padding) and how much."""
-        index = self.at[chosen, None] + self._targets
-        real = index < self.end[chosen, None]
+        """Distinct rows [B, T] that are no negatives (-1 where padding), and how much each is wanted."""
+        known, end = self.known[chosen, None], self.end[chosen, None]
+        index = known + torch.arange(int((end - known).numpy().max(initial=0)))
+        real = index < end
+        wanted = real & (index >= self.start[chosen, None])
         index = index.clamp(max=len(self._row) - 1)
         strength = torch.where(real, self._strength[index], 0.0)
         rows, order = torch.where(strength > 0, self._row[index], -1).sort(dim=1)
         again = torch.zeros_like(real)
         again[:, 1:] = rows[:, 1:] == rows[:, :-1]
-        return torch.where(again, -1, rows), strength.gather(1, order)
+        return torch.where(again, -1, rows), torch.where(wanted, strength, 0.0).gather(1, order)
 
 
 def fit(
@@ -209,16 +256,30 @@ def fit(
     with spilled(past, kept & ~aside, seed) as parts:
         # The start must not know the held-out users, or validation would find it better than it is.
         start = _spectral([user_items(parts[index], HALF_LIFE_DAYS) for index in range(len(parts))], width, rng)
-        items = ItemTower(torch.from_numpy(start), torch.from_numpy(features), known).to(run.device)
-        users = UserTower(width).to(run.device)
+        manner = _manner(parts)
+        length = torch.from_numpy((np.maximum(times, 1.0) / max(times.mean(), 1.0)) ** manner.popularity).float()
+        items = ItemTower(torch.from_numpy(start), torch.from_numpy(features), known, length).to(run.device)
+        users = UserTower(width, manner).to(run.device)
         if len(people):
-            valid = _Moments(past.where(kept & aside) if held.any() else parts[0], history)
+            valid = _Moments(past.where(kept & aside) if held.any() else parts[0], history, manner.sets, tested=True)
             now = _now(past, now_ms)
-            losses = _train(items, users, parts, valid, history, codes, now, now_ms, rng, run, checkpoint)
+            losses = _train(items, users, parts, valid, history, manner, codes, now, now_ms, rng, run, checkpoint)
     with torch.inference_mode():
         rows = torch.arange(n_items, device=run.device)
-        vectors = torch.cat([items(part).cpu() for part in torch.split(rows, 65_536)])
+        vectors = torch.cat([(items(part) * items.length[part, None]).cpu() for part in torch.split(rows, 65_536)])
     return Vectors(vectors.numpy(), users.cpu().eval(), history, profile, losses=losses)
+
+
+def _manner(parts: Parts) -> Manner:
+    """That of sets, where of the users of several events most have one basket."""
+    several = alone = 0
+    for past in map(parts.__getitem__, range(len(parts))):
+        first, later = _baskets(past)
+        begin = np.flatnonzero(first)
+        baskets = np.diff(np.append(0, np.cumsum(later))[np.append(begin, len(later))])
+        more = np.diff(begin, append=len(first)) > 1
+        several, alone = several + int(more.sum()), alone + int((more & (baskets == 1)).sum())
+    return SETS if 2 * alone > several else SEQUENCES
 
 
 def _train(
@@ -227,6 +288,7 @@ def _train(
     parts: Parts,
     valid: _Moments,
     history: int,
+    manner: Manner,
     codes: Tensor,
     now: Tensor,
     now_ms: int,
@@ -242,10 +304,10 @@ def _train(
 
     @lru_cache(maxsize=1)
     def part(index: int) -> tuple[_Moments, npt.NDArray[np.float64]]:
-        moments = _Moments(parts[index], history)
+        moments = _Moments(parts[index], history, manner.sets)
         return moments, weight(moments)
 
-    tested = np.arange(len(valid.at))
+    tested = np.arange(len(valid.now))
     if len(tested) > VALIDATED:
         tested = rng.choice(tested, VALIDATED, replace=False, p=weight(valid) / weight(valid).sum())
     sizes = [(len(weights), weights.sum()) for _, weights in map(part, range(len(parts)))]
@@ -256,11 +318,14 @@ def _train(
     targeted /= targeted.sum()
     now = (1.0 - NOW_FLOOR) * now + NOW_FLOOR * targeted
     shift = torch.where(targeted > 0, torch.log(targeted / now.clamp(min=1e-12)), 0.0)
-    shift, negatives = shift.to(device), Negatives(targeted.to(device), UNIFORM)
+    shift, negatives = shift.to(device), Negatives(targeted.to(device), manner.uniform)
 
-    def told(moments: _Moments, chosen: Tensor, drawn: Tensor, dropout: float) -> tuple[Tensor, ...]:
+    def told(
+        moments: _Moments, chosen: Tensor, drawn: Tensor, dropout: float = 0.0, served: bool = False
+    ) -> tuple[Tensor, ...]:
         """Of W wanted items the logits and weights [W]; by moment the logits [B, S] of what they are told from, the
-        corrections [S] of these, and which moment each wanted item is of [W]."""
+        corrections [S] of these, and which moment each wanted item is of [W]. `served` are the logits of vectors in
+        their length."""
         past, kinds, ages_s = (column.to(device) for column in moments.before(chosen))
         wanted, strength = (column.to(device) for column in moments.after(chosen))
         profile = codes[moments.user[chosen.numpy()]].to(device)
@@ -272,16 +337,17 @@ def _train(
         )
         vectors = F.pad(items(rows[1:], dropout), (0, 0, 1, 0))
         of_past, of_sampled = index[1 : 1 + past.numel()], index[1 + past.numel() :]
-        vector = users(F.embedding(of_past, vectors).view(*past.shape, -1), kinds, ages_s, profile)
+        lengths = F.pad(items.length[rows[1:]], (1, 0))[:, None]
+        vector = users(F.embedding(of_past, vectors * lengths).view(*past.shape, -1), kinds, ages_s, profile)
         sampled, times = torch.unique(of_sampled, return_counts=True)
         row = rows[sampled]
-        logit = vector @ F.embedding(sampled, vectors).T + shift[row]
+        logit = vector @ F.embedding(sampled, vectors * lengths if served else vectors).T + shift[row]
         column = torch.searchsorted(sampled, of_sampled[: len(target)])
         own = logit[moment, column]
         # No wanted item may serve as a negative of its own moment.
         others = logit.index_put((moment, column), logit.new_tensor(-torch.inf))
         correction = negatives.correction(row, times, len(target))
-        weights = strength[moment, place] / (wanted >= 0).sum(1)[moment]
+        weights = strength[moment, place] if manner.sets else strength[moment, place] / (wanted >= 0).sum(1)[moment]
         return own, weights / weights.sum(), others, correction, moment
 
     def loss(own: Tensor, weights: Tensor, others: Tensor, correction: Tensor, moment: Tensor) -> Tensor:
@@ -296,13 +362,15 @@ def _train(
     dense = [parameter for name, parameter in items.named_parameters() if name != "id.weight"]
     optimisers = (
         torch.optim.Adam([*dense, *users.parameters()], lr=LEARNING_RATE, fused=True),
-        torch.optim.SparseAdam([items.id.weight], lr=LEARNING_RATE),
+        torch.optim.SparseAdam([items.id.weight], lr=manner.id_rate),
     )
     size = min(total, max(EPOCH, total // 8))
     validation = torch.split(torch.from_numpy(tested), BATCH)
     drawn = [negatives.draw(rng) for _ in validation]
 
     def batches(epoch: int) -> Iterator[tuple[_Moments, Tensor]]:
+        for optimiser, rate in zip(optimisers, (LEARNING_RATE, manner.id_rate), strict=True):
+            optimiser.param_groups[0]["lr"] = rate * manner.decay**epoch
         counts = rng.multinomial(size, [weights / weight_sum for _, weights in sizes])
         for index in rng.permutation(np.flatnonzero(counts)).tolist():
             moments, weights = part(index)
@@ -314,7 +382,7 @@ def _train(
 
     def validate() -> tuple[float, float]:
         # By the loss the network is soon too sure of itself, while it still ranks better and better.
-        parts = [told(valid, *pair, 0.0) for pair in zip(validation, drawn, strict=True)]
+        parts = [told(valid, *pair, served=True) for pair in zip(validation, drawn, strict=True)]
         lost, gained = (float(np.mean([mean(*part).item() for part in parts])) for mean in (loss, gain))
         return lost, gained
 
@@ -336,7 +404,7 @@ def _train(
 def _targeted(moments: _Moments, chance: Tensor, n_items: int) -> Tensor:
     """float32 [n]: how much of each item there is among the targets that training will see."""
     total = torch.zeros(n_items)
-    for chosen in torch.split(torch.arange(len(chance)), 65_536):
+    for chosen in torch.split(torch.arange(len(chance)), 8192):
         rows, _ = moments.after(chosen)
         moment, place = (rows >= 0).nonzero(as_tuple=True)
         total += torch.bincount(rows[moment, place], chance[chosen][moment], minlength=n_items)

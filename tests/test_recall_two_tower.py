@@ -11,9 +11,8 @@ from torch import Tensor
 from app.engine.program import load_program, save_program
 from app.state.events import EventType
 from models.recall import Interactions, Vectors, two_tower
-from models.recall.streaming import spilled
 from models.recall.training import Run
-from models.recall.two_tower import SEQUENCES, SETS, Manner, _manner, _Moments
+from models.recall.two_tower import SEQUENCES, SETS, _held_out, _manner, _Moments
 
 HOUR_MS = 3_600_000
 GROUP = 20
@@ -232,11 +231,14 @@ def test_lines_within_a_second_are_one_basket() -> None:
 
 
 def test_an_order_makes_no_sets() -> None:
-    def manner(past: Interactions) -> Manner:
-        with spilled(past, np.ones(len(past.user), bool), seed=0) as parts:
-            return _manner(parts)
+    assert _manner(sets()) == SETS
+    assert _manner(checkerboard()) == SEQUENCES
+    assert _manner(sets(size=1)) == SEQUENCES, "single events are no sets"
+    assert _manner(sets().where(np.zeros(720, bool))) == SEQUENCES
 
-    assert manner(sets()) == SETS
-    assert manner(checkerboard()) == SEQUENCES
-    assert manner(sets(size=1)) == SEQUENCES, "single events are no sets"
-    assert manner(sets().where(np.zeros(720, bool))) == SEQUENCES
+
+def test_of_a_held_out_set_only_the_end_is_not_learned() -> None:
+    past = sets()
+    past.ts_ms[past.user == 2] = 86_400_000 * np.arange(6)
+    held = _held_out(past, (past.user == 1) | (past.user == 2))
+    assert np.flatnonzero(held).tolist() == [10, 11, *range(12, 18)], "who has an order is held out whole"

@@ -248,20 +248,20 @@ def fit(
     people = rng.permutation(np.unique(past.user[kept & (STRENGTH > 0)[past.kind]]))
     held = np.zeros(past.user.max(initial=0) + 1, bool)
     held[people[: min(int(HELD_OUT * len(people)), VALIDATED)]] = True
-    aside, now_ms = held[past.user], int(past.ts_ms[kept].max(initial=0))
+    judged, now_ms = kept & held[past.user], int(past.ts_ms[kept].max(initial=0))
+    manner = _manner(past.where(kept))
     times = np.zeros(n_items)
     np.add.at(times, past.row, kept)
     known = torch.from_numpy((times >= FEWEST).astype(np.float32))
     losses: Losses = ()
-    with spilled(past, kept & ~aside, seed) as parts:
-        # The start must not know the held-out users, or validation would find it better than it is.
+    with spilled(past, kept & ~(_held_out(past, judged) if manner.sets else judged), seed) as parts:
+        # The start must not know what is held out, or validation would find it better than it is.
         start = _spectral([user_items(parts[index], HALF_LIFE_DAYS) for index in range(len(parts))], width, rng)
-        manner = _manner(parts)
         length = torch.from_numpy((np.maximum(times, 1.0) / max(times.mean(), 1.0)) ** manner.popularity).float()
         items = ItemTower(torch.from_numpy(start), torch.from_numpy(features), known, length).to(run.device)
         users = UserTower(width, manner).to(run.device)
         if len(people):
-            valid = _Moments(past.where(kept & aside) if held.any() else parts[0], history, manner.sets, tested=True)
+            valid = _Moments(past.where(judged) if held.any() else parts[0], history, manner.sets, tested=True)
             now = _now(past, now_ms)
             losses = _train(items, users, parts, valid, history, manner, codes, now, now_ms, rng, run, checkpoint)
     with torch.inference_mode():
@@ -270,16 +270,26 @@ def fit(
     return Vectors(vectors.numpy(), users.cpu().eval(), history, profile, losses=losses)
 
 
-def _manner(parts: Parts) -> Manner:
+def _manner(past: Interactions) -> Manner:
     """That of sets, where of the users of several events most have one basket."""
-    several = alone = 0
-    for past in map(parts.__getitem__, range(len(parts))):
-        first, later = _baskets(past)
-        begin = np.flatnonzero(first)
-        baskets = np.diff(np.append(0, np.cumsum(later))[np.append(begin, len(later))])
-        more = np.diff(begin, append=len(first)) > 1
-        several, alone = several + int(more.sum()), alone + int((more & (baskets == 1)).sum())
-    return SETS if 2 * alone > several else SEQUENCES
+    _, count, alone = _owners(past)
+    return SETS if 2 * (alone & (count > 1)).sum() > (count > 1).sum() else SEQUENCES
+
+
+def _held_out(past: Interactions, judged: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """Which of the `judged` users' events [E] validation has to foresee: all, or of a set its end."""
+    of, count, alone = _owners(past.where(judged))
+    from_end = np.cumsum(count)[of] - 1 - np.arange(len(of))
+    told = judged.copy()
+    told[judged] = ~(alone & (count > 1))[of] | (from_end < np.ceil(TOLD * count)[of])
+    return told
+
+
+def _owners(past: Interactions) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+    """Which of the users [U] at hand each event is of, how many events they have, and who has one basket."""
+    first, later = _baskets(past)
+    of = np.cumsum(first) - 1
+    return of, np.bincount(of), np.bincount(of, later) == 1
 
 
 def _train(

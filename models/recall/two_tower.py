@@ -29,6 +29,7 @@ from app.engine.batch import PROFILE_BUCKETS, profile_codes
 from app.state.events import FOLDED, MS_PER_DAY
 from models.recall import STRENGTH, Interactions, Vectors
 from models.recall.item_cf import user_items
+from models.recall.moments import Moments, held_out, owners
 from models.recall.negatives import Negatives
 from models.recall.streaming import PART, Parts, spilled
 from models.recall.training import Checkpoint, Losses, Run, train
@@ -38,14 +39,6 @@ HEADS = 4
 HIDDEN = 128
 LEARNING_RATE = 6e-4
 BATCH = 256
-TARGETS = 16
-"""Events after a moment that it has to foresee."""
-BASKET_MS = 1000
-"""Events that follow each other faster are of one basket."""
-LARGEST = 1024
-"""Events of a set that are told from it, at most."""
-TOLD = 0.2
-"""Share of a held-out set that has to be told from its rest."""
 EPOCH = 20_000
 """Moments in an epoch, or an eighth of all where that is more."""
 MOST_EPOCHS = 30
@@ -153,73 +146,6 @@ class ItemTower(nn.Module):
         return F.normalize(self.id(rows) * known[:, None] + self.content(self.features[rows]), dim=1)
 
 
-def _baskets(past: Interactions) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-    """Which events are the first of their user, and which the first of a basket."""
-    first = np.ones(len(past.user), bool)
-    first[1:] = past.user[1:] != past.user[:-1]
-    later = first.copy()
-    later[1:] |= np.diff(past.ts_ms) >= BASKET_MS
-    return first, later
-
-
-class _Moments:
-    """Times of which something can be learned: before each event that is later than the one before it by `BASKET_MS`.
-
-    Lines of one basket are one moment: none of them is another's history. With `sets`, a user of a single basket is
-    one: all of it is told from all of it, or, to be `tested`, its end from the rest.
-    """
-
-    def __init__(self, past: Interactions, history: int, sets: bool, tested: bool = False) -> None:
-        first, later = _baskets(past)
-        at, begin = np.flatnonzero(later), np.flatnonzero(first)
-        owner = np.cumsum(first)[at] - 1
-        begin, end = begin[owner], np.append(begin[1:], len(first))[owner]
-        whole = (np.bincount(owner)[owner] == 1) & (end - begin > 1) & sets
-        cut = end - np.ceil(TOLD * (end - begin)).astype(np.int64) if tested else end
-        # The history ends at `now`. What is `known` is no negative, and wanted from `start` on.
-        now = np.where(whole, cut, at)
-        known = np.where(whole, np.maximum(begin, end - LARGEST), at)
-        start = now if tested else known
-        end = np.where(whole, end, np.minimum(at + TARGETS, end))
-        wanted = np.append(0, np.cumsum(STRENGTH[past.kind] > 0))
-        useful = wanted[end] > wanted[start]
-        self.now, self.begin, self.known, self.start, self.end = (
-            torch.from_numpy(x[useful]) for x in (now, begin, known, start, end)
-        )
-        self.user = past.user[at[useful]]
-        self.ts_ms = past.ts_ms[np.minimum(now, end - 1)[useful]]
-        self._row = torch.from_numpy(past.row.astype(np.int64))
-        self._kind = torch.from_numpy(past.kind.astype(np.int64))
-        self._strength = torch.from_numpy(STRENGTH[past.kind])
-        self._ts_ms = torch.from_numpy(past.ts_ms)
-        self._history = torch.arange(-history, 0)
-
-    def before(self, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows [B, L] (-1 where padding), kinds and ages in seconds of the last events before these moments."""
-        index = self.now[chosen, None] + self._history
-        real = index >= self.begin[chosen, None]
-        index = index.clamp(min=0)
-        age_s = (torch.from_numpy(self.ts_ms[chosen.numpy(), None]) - self._ts_ms[index]).float() / 1000.0
-        return (
-            torch.where(real, self._row[index], -1),
-            torch.where(real, self._kind[index], 0),
-            torch.where(real, age_s, 0.0),
-        )
-
-    def after(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        """Distinct rows [B, T] that are no negatives (-1 where padding), and how much each is wanted."""
-        known, end = self.known[chosen, None], self.end[chosen, None]
-        index = known + torch.arange(int((end - known).numpy().max(initial=0)))
-        real = index < end
-        wanted = real & (index >= self.start[chosen, None])
-        index = index.clamp(max=len(self._row) - 1)
-        strength = torch.where(real, self._strength[index], 0.0)
-        rows, order = torch.where(strength > 0, self._row[index], -1).sort(dim=1)
-        again = torch.zeros_like(real)
-        again[:, 1:] = rows[:, 1:] == rows[:, :-1]
-        return torch.where(again, -1, rows), torch.where(wanted, strength, 0.0).gather(1, order)
-
-
 def fit(
     past: Interactions,
     *,
@@ -254,14 +180,14 @@ def fit(
     np.add.at(times, past.row, kept)
     known = torch.from_numpy((times >= FEWEST).astype(np.float32))
     losses: Losses = ()
-    with spilled(past, kept & ~(_held_out(past, judged) if manner.sets else judged), seed) as parts:
+    with spilled(past, kept & ~(held_out(past, judged) if manner.sets else judged), seed) as parts:
         # The start must not know what is held out, or validation would find it better than it is.
         start = _spectral([user_items(parts[index], HALF_LIFE_DAYS) for index in range(len(parts))], width, rng)
         length = torch.from_numpy((np.maximum(times, 1.0) / max(times.mean(), 1.0)) ** manner.popularity).float()
         items = ItemTower(torch.from_numpy(start), torch.from_numpy(features), known, length).to(run.device)
         users = UserTower(width, manner).to(run.device)
         if len(people):
-            valid = _Moments(past.where(judged) if held.any() else parts[0], history, manner.sets, tested=True)
+            valid = Moments(past.where(judged) if held.any() else parts[0], history, manner.sets, tested=True)
             now = _now(past, now_ms)
             losses = _train(items, users, parts, valid, history, manner, codes, now, now_ms, rng, run, checkpoint)
     with torch.inference_mode():
@@ -272,31 +198,15 @@ def fit(
 
 def _manner(past: Interactions) -> Manner:
     """That of sets, where of the users of several events most have one basket."""
-    _, count, alone = _owners(past)
+    _, count, alone = owners(past)
     return SETS if 2 * (alone & (count > 1)).sum() > (count > 1).sum() else SEQUENCES
-
-
-def _held_out(past: Interactions, judged: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-    """Which of the `judged` users' events [E] validation has to foresee: all, or of a set its end."""
-    of, count, alone = _owners(past.where(judged))
-    from_end = np.cumsum(count)[of] - 1 - np.arange(len(of))
-    told = judged.copy()
-    told[judged] = ~(alone & (count > 1))[of] | (from_end < np.ceil(TOLD * count)[of])
-    return told
-
-
-def _owners(past: Interactions) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-    """Which of the users [U] at hand each event is of, how many events they have, and who has one basket."""
-    first, later = _baskets(past)
-    of = np.cumsum(first) - 1
-    return of, np.bincount(of), np.bincount(of, later) == 1
 
 
 def _train(
     items: ItemTower,
     users: UserTower,
     parts: Parts,
-    valid: _Moments,
+    valid: Moments,
     history: int,
     manner: Manner,
     codes: Tensor,
@@ -308,13 +218,13 @@ def _train(
 ) -> Losses:
     n_items, device = len(now), items.id.weight.device
 
-    def weight(moments: _Moments) -> npt.NDArray[np.float64]:
+    def weight(moments: Moments) -> npt.NDArray[np.float64]:
         found: npt.NDArray[np.float64] = np.exp2(-(now_ms - moments.ts_ms) / MS_PER_DAY / HALF_LIFE_DAYS)
         return found
 
     @lru_cache(maxsize=1)
-    def part(index: int) -> tuple[_Moments, npt.NDArray[np.float64]]:
-        moments = _Moments(parts[index], history, manner.sets)
+    def part(index: int) -> tuple[Moments, npt.NDArray[np.float64]]:
+        moments = Moments(parts[index], history, manner.sets)
         return moments, weight(moments)
 
     tested = np.arange(len(valid.now))
@@ -331,7 +241,7 @@ def _train(
     shift, negatives = shift.to(device), Negatives(targeted.to(device), manner.uniform)
 
     def told(
-        moments: _Moments, chosen: Tensor, drawn: Tensor, dropout: float = 0.0, served: bool = False
+        moments: Moments, chosen: Tensor, drawn: Tensor, dropout: float = 0.0, served: bool = False
     ) -> tuple[Tensor, ...]:
         """Of W wanted items the logits and weights [W]; by moment the logits [B, S] of what they are told from, the
         corrections [S] of these, and which moment each wanted item is of [W]. `served` are the logits of vectors in
@@ -378,7 +288,7 @@ def _train(
     validation = torch.split(torch.from_numpy(tested), BATCH)
     drawn = [negatives.draw(rng) for _ in validation]
 
-    def batches(epoch: int) -> Iterator[tuple[_Moments, Tensor]]:
+    def batches(epoch: int) -> Iterator[tuple[Moments, Tensor]]:
         for optimiser, rate in zip(optimisers, (LEARNING_RATE, manner.id_rate), strict=True):
             optimiser.param_groups[0]["lr"] = rate * manner.decay**epoch
         counts = rng.multinomial(size, [weights / weight_sum for _, weights in sizes])
@@ -387,7 +297,7 @@ def _train(
             chosen = rng.choice(len(weights), counts[index], p=weights / weights.sum())
             yield from ((moments, batch) for batch in torch.split(torch.from_numpy(chosen), BATCH))
 
-    def taught(batch: tuple[_Moments, Tensor]) -> Tensor:
+    def taught(batch: tuple[Moments, Tensor]) -> Tensor:
         return loss(*told(*batch, negatives.draw(rng), ID_DROPOUT))
 
     def validate() -> tuple[float, float]:
@@ -411,7 +321,7 @@ def _train(
     )
 
 
-def _targeted(moments: _Moments, chance: Tensor, n_items: int) -> Tensor:
+def _targeted(moments: Moments, chance: Tensor, n_items: int) -> Tensor:
     """float32 [n]: how much of each item there is among the targets that training will see."""
     total = torch.zeros(n_items)
     for chosen in torch.split(torch.arange(len(chance)), 8192):

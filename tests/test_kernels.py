@@ -107,15 +107,22 @@ def test_nearest_is_the_exact_order(seed: int, items: int, k: int) -> None:
     assert all(len(set(line)) == k for line in rows.tolist())
 
 
-def test_nearest_falls_back_where_the_sample_misleads() -> None:
-    # Every 8th is sampled, and they alone score high.
-    vectors = torch.zeros(4096, 1)
-    vectors[::8] = torch.linspace(1, 2, 512)[:, None]
-    users = torch.ones(1, 1)
+@pytest.mark.parametrize(
+    "high",
+    [
+        pytest.param(np.arange(0, 4096, 256), id="all in one block"),
+        pytest.param(np.arange(30), id="few are positive"),
+        pytest.param(np.arange(0), id="none is positive"),
+    ],
+)
+def test_nearest_wherever_the_best_lie(high: npt.NDArray[np.int64]) -> None:
+    score = -np.linspace(1, 2, 4096, dtype=np.float16)
+    score[high] = np.linspace(2, 1, len(high), dtype=np.float16)
+    vectors, users = torch.from_numpy(score)[:, None], torch.ones(1, 1)
     rough = (users.bfloat16() @ vectors.bfloat16().t()).view(torch.uint16)
-    rows, best = kernels.nearest(rough.numpy(), users.numpy(), vectors.half().view(torch.uint16).numpy(), 1000)
-    assert rows[0, :512].tolist() == [*range(4088, -1, -8)]
-    assert (best[0, 512:] == 0).all()
+    rows, best = kernels.nearest(rough.numpy(), users.numpy(), vectors.view(torch.uint16).numpy(), 20)
+    assert best[0].tolist() == np.sort(score.astype(np.float32))[::-1][:20].tolist()
+    assert best[0].tolist() == score[rows[0]].tolist()
 
 
 def test_selection_among_thousands_of_ties() -> None:

@@ -25,6 +25,7 @@ Longs = npt.NDArray[np.int64]
 Ints = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
 Halves = npt.NDArray[np.uint16]
+Shorts = npt.NDArray[np.int16]
 Flags = npt.NDArray[np.bool_]
 Bytes = npt.NDArray[np.uint8]
 Keys = npt.NDArray[np.uint64]
@@ -46,10 +47,8 @@ OWN = 3
 """Ways in which a user can have met an item: viewed, put in the cart, bought."""
 AHEAD = 8
 """Candidates between asking for an item's columns and reading them."""
-SAMPLE = 512
-"""Scores from which a bound for the best of all is taken."""
-LEAST = np.uint16(0xFFFF)
-"""The bits of a bfloat16 below which there is none."""
+SPARE = 8
+"""Blocks of scores that are looked into beside twice as many as are wanted."""
 BLOCK = 16
 """Scores that are passed over together."""
 REORDERED = {"reassoc", "contract"}
@@ -453,31 +452,39 @@ def merge(
     return of_query[:count].copy(), of_row[:count].copy(), scores, ranks, best
 
 
-@njit("f4(u2)", inline="always")
-def _brain(bits: np.uint16) -> np.float32:
-    """The float32 value of a bfloat16 given by its bits."""
-    return _float(np.uint32(bits) << np.uint32(16))
+@njit("void(i2[::1], i2[::1])", cache=True, nogil=True)
+def _highest(score: Shorts, found: Shorts) -> None:
+    """Into `found` [m] the greatest of score[i], score[i + m], ..., `BLOCK` of them, or 0 where all are lower."""
+    found[:] = 0
+    blocks = len(found)
+    for place in range(BLOCK):
+        line = score[place * blocks : (place + 1) * blocks]
+        for block in range(blocks):
+            found[block] = max(found[block], line[block])
 
 
-@njit("i8(u2[::1], u2, i8[::1])", cache=True, nogil=True)
-def _above(score: Halves, bound: np.uint16, found: Longs) -> int:
-    """Fills `found` with where the bfloat16 scores are at least `bound`; returns how many."""
-    # The bits of positive numbers ascend with them, those of negative ones, which are higher, descend.
-    lowest = np.uint16(0) if bound >> 15 else bound
-    reach = np.uint16((bound if bound >> 15 else np.uint16(0x7FFF)) - lowest)
-    whole = len(score) // BLOCK
-    blocks = score[: whole * BLOCK].reshape(whole, BLOCK)
+@njit("i8(u2[::1], i8, i8[::1], i2[::1], u8[::1], i4[::1])", cache=True, nogil=True)
+def _near(score: Halves, wanted: int, rows: Longs, highest: Shorts, keys: Keys, histogram: Ints) -> int:
+    """Fills `rows` with where the bfloat16 scores are as high as the best of `wanted` blocks; returns how many."""
+    signed, blocks = score.view(np.int16), len(highest)
+    # The bits of positive numbers ascend with them, and so does what they are as integers.
+    _highest(signed, highest)
+    for block in range(blocks):
+        keys[block] = (np.uint64(0x7FFF - np.int64(highest[block])) << np.uint64(49)) | np.uint64(block)
+    best = _best(keys, blocks, wanted, histogram)
+    bound = 0x7FFF - np.int64(best[wanted - 1] >> np.uint64(49)) if blocks >= wanted else 0
+    if bound == 0:
+        rows[: len(score)] = np.arange(len(score))
+        return len(score)
     count = 0
-    for block in range(whole + 1):
-        # Of a length that the compiler knows, and without an operation of more bits, or it takes them one by one.
-        hit = np.uint16(block == whole)
-        if block < whole:
-            for place in range(BLOCK):
-                hit |= np.uint16(np.uint16(blocks[block, place] - lowest) <= reach)
-        if hit:
-            for column in range(block * BLOCK, min(block * BLOCK + BLOCK, len(score))):
-                found[count] = column
-                count += np.uint16(score[column] - lowest) <= reach
+    for one in range(wanted):
+        for place in range(BLOCK):
+            column = np.int64(best[one] & np.uint64(0xFFFFFFFF)) + place * blocks
+            rows[count] = column
+            count += signed[column] >= bound
+    for column in range(blocks * BLOCK, len(score)):
+        rows[count] = column
+        count += signed[column] >= bound
     return count
 
 
@@ -490,24 +497,16 @@ def _above(score: Halves, bound: np.uint16, found: Longs) -> int:
 def nearest(rough: Halves, users: Floats, vectors: Halves, k: int) -> tuple[Longs, Floats]:
     """The rows [B, k] of the `vectors` [n, d] with the greatest dot products with each of `users` [B, d], and these.
 
-    `rough` [B, n] are the products in bfloat16. A sample of them tells from which on there should be several times k
-    and not many more; most are then passed over many at a time, and exact is the product of what remains. k <= n.
+    `rough` [B, n] are the products in bfloat16. The best of each block of them are compared first; most blocks are then
+    passed over, and exact is the product of what is as high as the best of some 2 k blocks. k <= n.
     """
     size, columns = rough.shape
     width = vectors.shape[1]
     found, best = np.empty((size, k), np.int64), np.empty((size, k), np.float32)
-    histogram, keys = np.zeros(BUCKETS, np.int32), np.empty(columns + SAMPLE, np.uint64)
-    rows = np.empty(columns + 1, np.int64)
-    stride = max(1, columns // SAMPLE)
-    sampled = (columns + stride - 1) // stride
-    wanted = min(2 * k * sampled // columns + 5, sampled)
+    histogram, keys = np.zeros(BUCKETS, np.int32), np.empty(columns + 1, np.uint64)
+    rows, highest = np.empty(columns + 1, np.int64), np.empty(columns // BLOCK, np.int16)
     for one in range(size):
-        for place in range(sampled):
-            keys[place] = np.uint64(_descending(_brain(rough[one, place * stride]))) << np.uint64(32)
-        bound = _score(np.uint32(_best(keys, sampled, wanted, histogram)[wanted - 1] >> np.uint64(32)))
-        count = _above(rough[one], np.uint16(_bits(bound) >> np.uint32(16)), rows)
-        if count < k:
-            count = _above(rough[one], LEAST, rows)
+        count = _near(rough[one], 2 * k + SPARE, rows, highest, keys, histogram)
         for place in range(count):
             if place + AHEAD < count:
                 at = rows[place + AHEAD] * width

@@ -42,7 +42,6 @@ BATCH = 256
 EPOCH = 20_000
 """Moments in an epoch, or an eighth of all where that is more."""
 MOST_EPOCHS = 30
-PATIENCE = 2
 HELD_OUT = 0.05
 """Share of the users whose moments only validate."""
 VALIDATED = 2048
@@ -76,13 +75,17 @@ class Manner:
     """Learning rate of the ids in the first epoch."""
     decay: float
     """What an epoch leaves of the learning rates."""
+    patience: int
+    """Epochs without a better one after which it ends: the slower the rates let it rise, the more chance hides it."""
     popularity: float
     """Power of an item's events that its vector is scaled by: who tells a set from itself need not know what is
     popular."""
 
 
-SEQUENCES = Manner(sets=False, temperature=0.2, uniform=4096, id_rate=LEARNING_RATE, decay=1.0, popularity=0.0)
-SETS = Manner(sets=True, temperature=0.1, uniform=12_288, id_rate=2e-2, decay=0.85, popularity=0.05)
+SEQUENCES = Manner(
+    sets=False, temperature=0.2, uniform=4096, id_rate=LEARNING_RATE, decay=1.0, patience=2, popularity=0.0
+)
+SETS = Manner(sets=True, temperature=0.1, uniform=12_288, id_rate=2e-2, decay=0.85, patience=5, popularity=0.05)
 
 
 class UserTower(nn.Module):
@@ -314,7 +317,7 @@ def _train(
         validate,
         rng,
         epochs=MOST_EPOCHS,
-        patience=PATIENCE,
+        patience=manner.patience,
         margin=1e-4,
         run=run,
         checkpoint=checkpoint,

@@ -42,6 +42,7 @@ BATCH = 256
 EPOCH = 20_000
 """Moments in an epoch, or an eighth of all where that is more."""
 MOST_EPOCHS = 30
+PATIENCE = 2
 HELD_OUT = 0.05
 """Share of the users whose moments only validate."""
 VALIDATED = 2048
@@ -75,17 +76,13 @@ class Manner:
     """Learning rate of the ids in the first epoch."""
     decay: float
     """What an epoch leaves of the learning rates."""
-    patience: int
-    """Epochs without a better one after which it ends: the slower the rates let it rise, the more chance hides it."""
     popularity: float
     """Power of an item's events that its vector is scaled by: who tells a set from itself need not know what is
     popular."""
 
 
-SEQUENCES = Manner(
-    sets=False, temperature=0.2, uniform=4096, id_rate=LEARNING_RATE, decay=1.0, patience=2, popularity=0.0
-)
-SETS = Manner(sets=True, temperature=0.1, uniform=12_288, id_rate=2e-2, decay=0.85, patience=5, popularity=0.05)
+SEQUENCES = Manner(sets=False, temperature=0.2, uniform=4096, id_rate=LEARNING_RATE, decay=1.0, popularity=0.0)
+SETS = Manner(sets=True, temperature=0.1, uniform=12_288, id_rate=2e-2, decay=0.85, popularity=0.05)
 
 
 class UserTower(nn.Module):
@@ -304,10 +301,11 @@ def _train(
         return loss(*told(*batch, negatives.draw(rng), ID_DROPOUT))
 
     def validate() -> tuple[float, float]:
-        # By the loss the network is soon too sure of itself, while it still ranks better and better.
+        # By the loss a network of moments is soon too sure of itself, while it still ranks better and better. That of
+        # sets cannot be, at its fixed temperature, and what an epoch gains is hidden by chance as its rates fall.
         parts = [told(valid, *pair, served=True) for pair in zip(validation, drawn, strict=True)]
         lost, gained = (float(np.mean([mean(*part).item() for part in parts])) for mean in (loss, gain))
-        return lost, gained
+        return lost, -lost if manner.sets else gained
 
     return train(
         nn.ModuleList([items, users]),
@@ -317,7 +315,7 @@ def _train(
         validate,
         rng,
         epochs=MOST_EPOCHS,
-        patience=manner.patience,
+        patience=PATIENCE,
         margin=1e-4,
         run=run,
         checkpoint=checkpoint,

@@ -1,7 +1,11 @@
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 
+from app.state.events import EventType
 from models.recall import lightgcn
+from models.recall.lightgcn import CENTRES, TEMPERATURE, FoldIn
 from tests.test_recall_mf import two_components
 from tests.test_recall_spectral import bought, scores
 
@@ -37,3 +41,43 @@ def test_a_seed_gives_the_same_vectors() -> None:
     np.testing.assert_array_equal(one.items, again.items)
     assert one.losses == again.losses
     assert not np.array_equal(one.items, other.items)
+
+
+def fold_in(items: torch.Tensor, history: list[int], padding: int = 0) -> torch.Tensor:
+    """The vector of who bought these items now, of a catalog that is its own centres."""
+    encoder = FoldIn(items, torch.ones(len(items)), None)
+    read = torch.cat([torch.full((1, padding, items.shape[1]), 7.0), 3.0 * items[None, history]], 1)
+    kinds = torch.tensor([[0] * padding + [EventType.PURCHASE] * len(history)])
+    vector: torch.Tensor = encoder(read, kinds, torch.zeros(kinds.shape), torch.zeros(1, 1).long())[0]
+    return vector
+
+
+def test_a_user_is_told_from_the_rest_better_than_by_a_sum() -> None:
+    items = F.normalize(torch.randn(200, 16, generator=torch.Generator().manual_seed(0)), dim=1)
+    history = list(range(12))
+
+    def loss(user: torch.Tensor) -> float:
+        logit = items @ user / TEMPERATURE
+        return float(logit.logsumexp(0) - logit[history].mean())
+
+    assert loss(fold_in(items, history)) < loss(F.normalize(items[history].sum(0), dim=0)) - 0.02
+
+
+def test_padding_and_the_length_of_vectors_say_nothing_of_a_user() -> None:
+    items = F.normalize(torch.randn(50, 8, generator=torch.Generator().manual_seed(1)), dim=1)
+    torch.testing.assert_close(fold_in(items, [3, 4, 5]), fold_in(items, [5, 3, 4], padding=4))
+    assert fold_in(items, [3]).norm() == pytest.approx(1.0, abs=1e-6)
+    assert not fold_in(items, [], padding=3).any()
+
+
+def test_clusters_stand_for_all_items() -> None:
+    rng = np.random.default_rng(0)
+    few = torch.from_numpy(rng.standard_normal((CENTRES, 4), np.float32))
+    centres, sizes = lightgcn._clusters(few, 0)
+    assert torch.equal(centres, few)
+    assert torch.equal(sizes, torch.ones(CENTRES))
+    many = few.repeat(3, 1)
+    centres, sizes = lightgcn._clusters(many, 0)
+    assert centres.shape == few.shape
+    assert sizes.sum() == pytest.approx(len(many), abs=0.01)
+    torch.testing.assert_close((centres * sizes[:, None]).sum(0), many.sum(0), atol=0.5, rtol=0.01)

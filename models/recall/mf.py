@@ -36,6 +36,20 @@ BATCH = 512
 """Users in a step of `fit_bpr`; less where an epoch would have fewer than 16 steps."""
 
 
+class Weights(nn.Module):
+    """`forward(kinds, ages_s) -> [B, L]`: what `user_items` makes of events, 0 of padding."""
+
+    def __init__(self, half_life_days: float | None) -> None:
+        super().__init__()
+        strength = torch.from_numpy(STRENGTH / STRENGTH[EventType.PURCHASE])
+        self.strength = nn.Embedding.from_pretrained(strength[:, None])  # type: ignore[no-untyped-call]
+        self.rate = 0.0 if half_life_days is None else -math.log(2) * 1000 / DAY_MS / half_life_days
+
+    def forward(self, kinds: Tensor, ages_s: Tensor) -> Tensor:
+        weight: Tensor = self.strength(kinds).squeeze(2) * torch.exp(ages_s * self.rate)
+        return weight
+
+
 class LeastSquares(nn.Module):
     """`forward(history, kinds, ages_s, profile) -> [B, d]`: the solution u of
 
@@ -44,14 +58,12 @@ class LeastSquares(nn.Module):
 
     def __init__(self, base: Tensor, ridge: float, half_life_days: float | None) -> None:
         super().__init__()
-        weight = torch.from_numpy(STRENGTH / STRENGTH[EventType.PURCHASE])
-        self.weight = nn.Embedding.from_pretrained(weight[:, None])  # type: ignore[no-untyped-call]
-        self.rate = 0.0 if half_life_days is None else -math.log(2) * 1000 / DAY_MS / half_life_days
+        self.weights = Weights(half_life_days)
         self.base = nn.Buffer(base)
         self.ridge = ridge
 
     def forward(self, history: Tensor, kinds: Tensor, ages_s: Tensor, profile: Tensor) -> Tensor:
-        weight = self.weight(kinds) * torch.exp(ages_s * self.rate).unsqueeze(2)
+        weight = self.weights(kinds, ages_s).unsqueeze(2)
         weighted = history * weight
         diagonal = torch.diag_embed(self.base + self.ridge * weight.sum(1))
         normal = torch.baddbmm(diagonal, weighted.transpose(1, 2), history)

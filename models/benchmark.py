@@ -122,7 +122,8 @@ def amazon(name: str) -> Callable[[Path, int], Split]:
 
 
 def sessions(folder: Path, seed: int) -> Split:
-    """Anonymous clicks; the next one of the last tenth of the sessions, cut anywhere, teaches the ranker."""
+    """Anonymous clicks; what comes next in the last tenth of the sessions, after any two clicks or more, teaches the
+    ranker: so are the sessions to be answered cut, and the long ones come up more often."""
     train = pl.read_parquet(folder / "sessions_retailrocket" / "train_sessions.parquet")["items"]
     test = pl.read_parquet(folder / "sessions_retailrocket" / "test.parquet")
     rows = [np.array(items, np.int64) for items in train.to_list()]
@@ -130,8 +131,8 @@ def sessions(folder: Path, seed: int) -> Split:
     times = [start + MINUTE_MS * np.arange(len(row)) for start, row in zip(starts.tolist(), rows, strict=True)]
     rng = np.random.default_rng(seed)
     last = len(rows) - len(rows) // 10
-    cuts = [int(rng.integers(1, len(row))) for row in rows[last:] if len(row) > 1]
-    later = [row for row in rows[last:] if len(row) > 1]
+    places = [(row, cut) for row in rows[last:] for cut in range(2, len(row))]
+    chosen = [places[place] for place in rng.permutation(len(places))[: len(rows) - last].tolist()]
 
     def stage(known: int, prefixes: Sequence[npt.NDArray[np.int64]], labels: Sequence[npt.NDArray[np.int64]]) -> Stage:
         fit_ms = int(starts[known - 1]) + DAY_MS
@@ -141,8 +142,8 @@ def sessions(folder: Path, seed: int) -> Split:
 
     learn = stage(
         last,
-        [row[:cut] for row, cut in zip(later, cuts, strict=True)],
-        [row[cut : cut + 1] for row, cut in zip(later, cuts, strict=True)],
+        [row[:cut] for row, cut in chosen],
+        [row[cut : cut + 1] for row, cut in chosen],
     )
     prefixes = [np.array(items, np.int64) for items in test["prefix"].to_list()]
     judge = stage(len(rows), prefixes, [np.array([label]) for label in test["label"].to_list()])

@@ -81,3 +81,11 @@ def test_clusters_stand_for_all_items() -> None:
     assert centres.shape == few.shape
     assert sizes.sum() == pytest.approx(len(many), abs=0.01)
     torch.testing.assert_close((centres * sizes[:, None]).sum(0), many.sum(0), atol=0.5, rtol=0.01)
+
+
+def test_popularity_is_of_what_is_scored_not_of_the_centres() -> None:
+    fitted = lightgcn.fit(two_components(), width=4)
+    assert fitted.encoder is not None
+    centres = fitted.encoder.state_dict()["centres"]
+    torch.testing.assert_close(centres.norm(dim=1), torch.ones(len(centres)))
+    assert (np.linalg.norm(fitted.items, axis=1) > 1.01).any()

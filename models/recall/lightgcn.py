@@ -129,7 +129,8 @@ def fit(
     with torch.no_grad():
         inputs, items = outputs()
         encoder = FoldIn(*_clusters(items.cpu(), seed), half_life_days)
-        items *= of_item**POPULARITY
+        # A new tensor: a small catalog's items are its centres too.
+        items = items * of_item**POPULARITY
     return Vectors(items.cpu().numpy(), encoder.eval(), history, inputs=inputs.cpu().numpy(), losses=losses)
 
 

@@ -20,21 +20,26 @@ def clustered(count: int, seed: int) -> npt.NDArray[np.float32]:
     return unit(centres[rng.integers(0, 400, count)] + 0.3 * rng.standard_normal((count, WIDTH)))
 
 
-@pytest.mark.parametrize(("count", "kind"), [(1, "flat"), (EXACT_BELOW, "flat"), (EXACT_BELOW + 1, "ivf")])
-def test_what_is_stated_is_what_the_file_finds(tmp_path: Path, count: int, kind: str) -> None:
-    vectors = clustered(count, 0)
+def scattered(count: int, seed: int) -> npt.NDArray[np.float32]:
+    return unit(np.random.default_rng(seed).standard_normal((count, 4 * WIDTH)))
+
+
+@pytest.mark.parametrize(
+    ("vectors", "kind"),
+    [
+        pytest.param(clustered(1, 0), "flat", id="one"),
+        pytest.param(clustered(EXACT_BELOW, 0), "flat", id="few"),
+        pytest.param(clustered(EXACT_BELOW + 1, 0), "ivf", id="clustered"),
+        pytest.param(scattered(EXACT_BELOW + 1, 0), "hnsw", id="scattered"),
+    ],
+)
+def test_what_is_stated_is_what_the_file_finds(tmp_path: Path, vectors: npt.NDArray[np.float32], kind: str) -> None:
     found, recall = build_index(vectors, vectors, tmp_path / "index.faiss")
     assert found == kind
-    assert recall == 1.0 if kind == "flat" else 0.95 <= recall <= 1.0
-    queries, depth = vectors[:: max(1, count // 300)], min(100, count)
+    assert recall == 1.0 if kind == "flat" else 0.5 < recall <= 1.0
+    assert recall >= 0.95 or kind == "hnsw"
+    queries, depth = vectors[:: max(1, len(vectors) // 300)], min(100, len(vectors))
     rows = faiss.read_index(str(tmp_path / "index.faiss")).search(queries, depth)[1]
     best = np.argsort(-(queries @ vectors.T), axis=1)[:, :depth]
     shared = np.mean([len(np.intersect1d(a, b)) / depth for a, b in zip(rows, best, strict=True)])
-    assert shared == pytest.approx(recall, abs=0.02)
-
-
-def test_vectors_without_clusters_get_a_graph(tmp_path: Path) -> None:
-    vectors = unit(np.random.default_rng(1).standard_normal((EXACT_BELOW + 1, 4 * WIDTH)))
-    kind, recall = build_index(vectors, vectors, tmp_path / "index.faiss")
-    assert kind == "hnsw"
-    assert recall > 0.5
+    assert shared == pytest.approx(recall, abs=0.03)

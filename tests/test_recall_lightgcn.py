@@ -43,12 +43,12 @@ def test_a_seed_gives_the_same_vectors() -> None:
     assert not np.array_equal(one.items, other.items)
 
 
-def fold_in(items: torch.Tensor, history: list[int], padding: int = 0) -> torch.Tensor:
-    """The vector of who bought these items now, of a catalog that is its own centres."""
-    encoder = FoldIn(items, torch.ones(len(items)), None)
+def fold_in(items: torch.Tensor, history: list[int], padding: int = 0, days: float = 0.0) -> torch.Tensor:
+    """The vector of who bought these items, of a catalog that is its own centres."""
+    encoder = FoldIn(items, torch.ones(len(items)), 60.0)
     read = torch.cat([torch.full((1, padding, items.shape[1]), 7.0), 3.0 * items[None, history]], 1)
     kinds = torch.tensor([[0] * padding + [EventType.PURCHASE] * len(history)])
-    vector: torch.Tensor = encoder(read, kinds, torch.zeros(kinds.shape), torch.zeros(1, 1).long())[0]
+    vector: torch.Tensor = encoder(read, kinds, torch.full(kinds.shape, days * 86_400), torch.zeros(1, 1).long())[0]
     return vector
 
 
@@ -68,6 +68,11 @@ def test_padding_and_the_length_of_vectors_say_nothing_of_a_user() -> None:
     torch.testing.assert_close(fold_in(items, [3, 4, 5]), fold_in(items, [5, 3, 4], padding=4))
     assert fold_in(items, [3]).norm() == pytest.approx(1.0, abs=1e-6)
     assert not fold_in(items, [], padding=3).any()
+
+
+def test_a_history_of_long_ago_is_the_same_history() -> None:
+    items = F.normalize(torch.randn(50, 8, generator=torch.Generator().manual_seed(2)), dim=1)
+    torch.testing.assert_close(fold_in(items, [3, 4, 5], days=3650.0), fold_in(items, [3, 4, 5]))
 
 
 def test_clusters_stand_for_all_items() -> None:

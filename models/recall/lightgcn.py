@@ -60,8 +60,9 @@ class FoldIn(nn.Module):
     def forward(self, history: Tensor, kinds: Tensor, ages_s: Tensor, profile: Tensor) -> Tensor:
         weight = self.weights(kinds, ages_s)
         total = weight.sum(1, keepdim=True)
-        # Of unit vectors the mean, of others the sum: in one product.
-        unit = weight / (torch.linalg.vector_norm(history, dim=2) * total).clamp(min=1e-12)
+        # Shares, since of what is years ago hardly any weight is left.
+        weight = weight / total.clamp(min=1e-37)
+        unit = weight / torch.linalg.vector_norm(history, dim=2).clamp(min=1e-12)
         added, own = torch.bmm(torch.stack([weight, unit], 1), history).unbind(1)
         user = F.normalize(added, dim=1) / TEMPERATURE
         for _ in range(STEPS):

@@ -83,9 +83,10 @@ class Split:
 def gowalla(folder: Path, seed: int) -> Split:
     """Sets of places; a fifth of each user's training set teaches the ranker.
 
-    The published test part is not the random fifth that it is said to be: its items are more popular, and the share of
-    an item that lies in it varies far more than chance would have it. So parts cut from training do not foretell it
-    to the per cent.
+    The published test part is not the random fifth that it is said to be: its items are more popular, the share of an
+    item that lies in it varies far more than chance would have it, and what it has of one user is more alike than it is
+    like the rest of them, most of all what stands side by side: a stretch of time. So parts cut from training, whose
+    order is lost, do not foretell it to the per cent.
     """
     train, test = (_lines(folder / "gowalla" / f"{part}.txt.gz") for part in ("train", "test"))
     rng = np.random.default_rng(seed)

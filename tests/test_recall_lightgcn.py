@@ -52,7 +52,7 @@ def fold_in(items: torch.Tensor, history: list[int], padding: int = 0, days: flo
     return vector
 
 
-def test_a_user_is_told_from_the_rest_better_than_by_a_sum() -> None:
+def test_a_user_is_told_from_the_rest_better_than_by_a_sum_and_the_better_the_more_events() -> None:
     items = F.normalize(torch.randn(200, 16, generator=torch.Generator().manual_seed(0)), dim=1)
     history = list(range(12))
 
@@ -60,7 +60,9 @@ def test_a_user_is_told_from_the_rest_better_than_by_a_sum() -> None:
         logit = items @ user / TEMPERATURE
         return float(logit.logsumexp(0) - logit[history].mean())
 
-    assert loss(fold_in(items, history)) < loss(F.normalize(items[history].sum(0), dim=0)) - 0.02
+    once, summed = loss(fold_in(items, history)), loss(F.normalize(items[history].sum(0), dim=0))
+    assert once < summed - 0.02
+    assert loss(fold_in(items, history * 3)) < once - 0.001
 
 
 def test_padding_and_the_length_of_vectors_say_nothing_of_a_user() -> None:

@@ -39,7 +39,7 @@ NEGATIVES = 12_288
 """Uniformly drawn items in a step, or all there are: the more, the better it ranks."""
 STEPS = 3
 RATE = 4.0
-"""Of the steps in which a user's vector is fitted."""
+"""Of the steps in which a user's vector is fitted to one event; it grows with the fourth root of their number."""
 CENTRES = 256
 """Clusters that stand for all items when a user's vector is fitted."""
 
@@ -62,12 +62,14 @@ class FoldIn(nn.Module):
         total = weight.sum(1, keepdim=True)
         # Shares, since of what is years ago hardly any weight is left.
         weight = weight / total.clamp(min=1e-37)
+        # Events are as many as equal weights would be (Kish): the more speak, the further the fit may go.
+        rate = RATE * (weight * weight).sum(1, keepdim=True).clamp(min=1e-6) ** -0.25
         unit = weight / torch.linalg.vector_norm(history, dim=2).clamp(min=1e-12)
         added, own = torch.bmm(torch.stack([weight, unit], 1), history).unbind(1)
         user = F.normalize(added, dim=1) / TEMPERATURE
         for _ in range(STEPS):
             share = torch.addmm(self.many, user, self.centres.t()).softmax(1)
-            user = torch.addmm(user + RATE * own, share, self.centres, alpha=-RATE)
+            user = user + rate * torch.addmm(own, share, self.centres, alpha=-1)
         found: Tensor = F.normalize(user, dim=1) * (total > 0)
         return found
 
@@ -76,7 +78,7 @@ def fit(
     past: Interactions,
     *,
     half_life_days: float | None = 60.0,
-    width: int = 128,
+    width: int = 256,
     epochs: int = 16,
     history: int = 64,
     seed: int = 0,

@@ -119,6 +119,7 @@ class Width:
     likest: int = 100
     """Baskets."""
     two_tower: int = two_tower.WIDTH
+    lightgcn: int = 128
     spectral: int = 128
     ease: int = 100
     ease_gb: float = EASE_GB
@@ -290,7 +291,8 @@ def _spectral(draft: Draft, past: Past) -> None:
 
 
 def _lightgcn(draft: Draft, past: Past) -> None:
-    _vectors(draft, "lightgcn", lightgcn.fit(past.events, seed=past.seed, run=_noted(past, "lightgcn")), past.seed)
+    fitted = lightgcn.fit(past.events, width=past.width.lightgcn, seed=past.seed, run=_noted(past, "lightgcn"))
+    _vectors(draft, "lightgcn", fitted, past.seed)
 
 
 def _als(draft: Draft, past: Past) -> None:

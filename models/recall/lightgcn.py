@@ -78,7 +78,7 @@ def fit(
     past: Interactions,
     *,
     half_life_days: float | None = 60.0,
-    width: int = 256,
+    width: int = 128,
     epochs: int = 16,
     history: int = 64,
     seed: int = 0,

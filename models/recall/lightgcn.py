@@ -38,8 +38,9 @@ POPULARITY = 0.05
 NEGATIVES = 12_288
 """Uniformly drawn items in a step, or all there are: the more, the better it ranks."""
 STEPS = 3
+"""In which a user's vector is fitted."""
 RATE = 4.0
-"""Of the steps in which a user's vector is fitted to one event; it grows with the fourth root of their number."""
+"""Of a step for a history of one event; it grows with the fourth root of their number."""
 CENTRES = 256
 """Clusters that stand for all items when a user's vector is fitted."""
 
@@ -63,6 +64,7 @@ class FoldIn(nn.Module):
         # Shares, since of what is years ago hardly any weight is left.
         weight = weight / total.clamp(min=1e-37)
         # Events are as many as equal weights would be (Kish): the more speak, the further the fit may go.
+        # Clamped for those without any.
         rate = RATE * (weight * weight).sum(1, keepdim=True).clamp(min=1e-6) ** -0.25
         unit = weight / torch.linalg.vector_norm(history, dim=2).clamp(min=1e-12)
         added, own = torch.bmm(torch.stack([weight, unit], 1), history).unbind(1)

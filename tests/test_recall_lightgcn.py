@@ -45,11 +45,16 @@ def test_a_seed_gives_the_same_vectors() -> None:
 
 def fold_in(items: torch.Tensor, history: list[int], padding: int = 0, days: float = 0.0) -> torch.Tensor:
     """The vector of who bought these items, of a catalog that is its own centres."""
-    encoder = FoldIn(items, torch.ones(len(items)), 60.0)
+    encoder = FoldIn(items, bias(items), 60.0)
     read = torch.cat([torch.full((1, padding, items.shape[1]), 7.0), 3.0 * items[None, history]], 1)
     kinds = torch.tensor([[0] * padding + [EventType.PURCHASE] * len(history)])
     vector: torch.Tensor = encoder(read, kinds, torch.full(kinds.shape, days * 86_400), torch.zeros(1, 1).long())[0]
     return vector
+
+
+def bias(items: torch.Tensor) -> torch.Tensor:
+    """Of logits: half of the items are well liked."""
+    return torch.arange(len(items)) % 2 * 3.0
 
 
 def test_a_user_is_told_from_the_rest_better_than_by_a_sum_and_the_better_the_more_events() -> None:
@@ -57,18 +62,20 @@ def test_a_user_is_told_from_the_rest_better_than_by_a_sum_and_the_better_the_mo
     history = list(range(12))
 
     def loss(user: torch.Tensor) -> float:
-        logit = items @ user / TEMPERATURE
+        logit = items @ user / TEMPERATURE + bias(items)
         return float(logit.logsumexp(0) - logit[history].mean())
 
-    once, summed = loss(fold_in(items, history)), loss(F.normalize(items[history].sum(0), dim=0))
+    once, summed = loss(fold_in(items, history)[:-1]), loss(F.normalize(items[history].sum(0), dim=0))
     assert once < summed - 0.02
-    assert loss(fold_in(items, history * 3)) < once - 0.001
+    assert loss(fold_in(items, history * 3)[:-1]) < once - 0.001
 
 
 def test_padding_and_the_length_of_vectors_say_nothing_of_a_user() -> None:
     items = F.normalize(torch.randn(50, 8, generator=torch.Generator().manual_seed(1)), dim=1)
     torch.testing.assert_close(fold_in(items, [3, 4, 5]), fold_in(items, [5, 3, 4], padding=4))
-    assert fold_in(items, [3]).norm() == pytest.approx(1.0, abs=1e-6)
+    *cosines, one = fold_in(items, [3])
+    assert torch.stack(cosines).norm() == pytest.approx(1.0, abs=1e-6)
+    assert one == 1.0
     assert not fold_in(items, [], padding=3).any()
 
 
@@ -77,22 +84,25 @@ def test_a_history_of_long_ago_is_the_same_history() -> None:
     torch.testing.assert_close(fold_in(items, [3, 4, 5], days=3650.0), fold_in(items, [3, 4, 5]))
 
 
-def test_clusters_stand_for_all_items() -> None:
+def test_clusters_stand_for_all_items_and_their_biases() -> None:
     rng = np.random.default_rng(0)
-    few = torch.from_numpy(rng.standard_normal((CENTRES, 4), np.float32))
-    centres, sizes = lightgcn._clusters(few, 0)
+    few, logits = (torch.from_numpy(rng.standard_normal(shape, np.float32)) for shape in ((CENTRES, 4), CENTRES))
+    centres, bias = lightgcn._clusters(few, logits, 0)
     assert torch.equal(centres, few)
-    assert torch.equal(sizes, torch.ones(CENTRES))
+    assert torch.equal(bias, logits)
     many = few.repeat(3, 1)
-    centres, sizes = lightgcn._clusters(many, 0)
+    centres, bias = lightgcn._clusters(many, logits.repeat(3), 0)
     assert centres.shape == few.shape
-    assert sizes.sum() == pytest.approx(len(many), abs=0.01)
-    torch.testing.assert_close((centres * sizes[:, None]).sum(0), many.sum(0), atol=0.5, rtol=0.01)
+    torch.testing.assert_close(bias.logsumexp(0), logits.repeat(3).logsumexp(0), atol=0.01, rtol=0.0)
+    centres, bias = lightgcn._clusters(many, torch.zeros(len(many)), 0)
+    torch.testing.assert_close((centres * bias.exp()[:, None]).sum(0), many.sum(0), atol=0.5, rtol=0.01)
 
 
-def test_popularity_is_of_what_is_scored_not_of_the_centres() -> None:
-    fitted = lightgcn.fit(two_components(), width=4)
-    assert fitted.encoder is not None
-    centres = fitted.encoder.state_dict()["centres"]
-    torch.testing.assert_close(centres.norm(dim=1), torch.ones(len(centres)))
-    assert (np.linalg.norm(fitted.items, axis=1) > 1.01).any()
+def test_of_items_alike_the_more_often_bought_has_the_higher_bias() -> None:
+    rng = np.random.default_rng(0)
+    often = np.arange(1, 21) / 210
+    pairs = [(u, u % 20 * 20 + int(i)) for u in range(600) for i in rng.choice(20, 5, replace=False, p=often)]
+    fitted = lightgcn.fit(bought(pairs, 400), width=8)
+    biases = fitted.items[:, -1].reshape(20, 20)
+    assert np.mean([np.corrcoef(bias, np.log(often))[0, 1] for bias in biases]) > 0.6
+    np.testing.assert_allclose(np.linalg.norm(fitted.items[:, :-1], axis=1), 1.0, rtol=1e-5)

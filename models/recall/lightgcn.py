@@ -8,7 +8,7 @@ propagation over R, the user-item matrix divided by the roots of both degrees, a
 and a user's vector begins as a sum over their items. Where the paper's training would have gone on to fit a vector of
 the user's own, the service does: a few steps down the same loss (`FoldIn`). Two more changes make a thousand epochs a
 few: a sampled softmax over cosines in the place of BPR (Wu et al., TOIS 2024), and a start from the leading singular
-vectors of R.
+vectors of R. Since a cosine alone knows no popularity, an item's score has a bias of its own, learned with the rest.
 """
 
 import math
@@ -28,35 +28,35 @@ from models.recall.spectral import damped, degrees, leading
 from models.recall.training import Losses, Run, train
 
 TEMPERATURE = 0.1
-LEARNING_RATE = 0.02
+LEARNING_RATES = 0.02, 0.001
+"""Of vectors and of biases, both in units of a cosine."""
 WARM_UP = 10
-"""Steps in which the learning rate is reached; over the others it falls to zero."""
+"""Steps in which the learning rates are reached; over the others they fall to zero."""
 BATCH = 32, 1024
 """Users in a step: the most, or less where an epoch would have fewer than 16 steps, but not below the least."""
-POPULARITY = 0.05
-"""Power of an item's degree that its vector is scaled by in the end: a cosine alone knows no popularity."""
 NEGATIVES = 12_288
 """Uniformly drawn items in a step, or all there are: the more, the better it ranks."""
 STEPS = 3
 """In which a user's vector is fitted."""
-RATE = 4.0
+RATE = 3.0
 """Of a step for a history of one event; it grows with the fourth root of their number."""
 CENTRES = 256
 """Clusters that stand for all items when a user's vector is fitted."""
 
 
 class FoldIn(nn.Module):
-    """`forward(history, kinds, ages_s, profile) -> [B, d]`: unit vectors that tell a history from all other items.
+    """`forward(history, kinds, ages_s, profile) -> [B, d + 1]`: unit vectors that tell a history from all other items,
+    and a one for the items' biases.
 
     From the sum of what the history holds of its items it takes steps down the loss of training, the softmax over all
-    items' cosines, with `centres` [C, d] in the place of items, each as many as `sizes` [C] says.
+    items, with `centres` [C, d] in their place, each with the `bias` [C] of all that it stands for.
     """
 
-    def __init__(self, centres: Tensor, sizes: Tensor, half_life_days: float | None) -> None:
+    def __init__(self, centres: Tensor, bias: Tensor, half_life_days: float | None) -> None:
         super().__init__()
         self.weights = Weights(half_life_days)
         self.centres = nn.Buffer(centres)
-        self.many = nn.Buffer(sizes.log())
+        self.bias = nn.Buffer(bias)
 
     def forward(self, history: Tensor, kinds: Tensor, ages_s: Tensor, profile: Tensor) -> Tensor:
         weight = self.weights(kinds, ages_s)
@@ -70,9 +70,9 @@ class FoldIn(nn.Module):
         added, own = torch.bmm(torch.stack([weight, unit], 1), history).unbind(1)
         user = F.normalize(added, dim=1) / TEMPERATURE
         for _ in range(STEPS):
-            share = torch.addmm(self.many, user, self.centres.t()).softmax(1)
+            share = torch.addmm(self.bias, user, self.centres.t()).softmax(1)
             user = user + rate * torch.addmm(own, share, self.centres, alpha=-1)
-        found: Tensor = F.normalize(user, dim=1) * (total > 0)
+        found: Tensor = F.pad(F.normalize(user, dim=1), (0, 1), value=1.0) * (total > 0)
         return found
 
 
@@ -88,6 +88,8 @@ def fit(
 ) -> Vectors:
     """Learns to tell what each user had from items drawn uniformly, each by its weight in `user_items`.
 
+    One of the `width` is the bias.
+
     The same seed gives the same vectors on one thread.
     """
     matrix = user_items(past, int(past.ts_ms.max(initial=0)), half_life_days)
@@ -96,30 +98,31 @@ def fit(
     back = walk.T.tocsr()
     of_item = torch.from_numpy(degrees(matrix, 0))[:, None].to(run.device)
     rng = np.random.default_rng(seed)
-    values, right = leading(walk, width, rng)
+    values, right = leading(walk, width - 1, rng)
     start = right * values
     start *= math.sqrt(n_items) / (float(np.linalg.norm(start)) + 1e-12)
     table = nn.Parameter(torch.from_numpy(start).to(run.device))
+    bias = nn.Parameter(torch.zeros(n_items, 1, device=run.device))
 
     def outputs() -> tuple[Tensor, Tensor]:
-        """What a history holds of each item, and unit vectors that it is scored by."""
+        """What a history holds of each item, and what it is scored by: a unit vector and a bias."""
         items = table + product(back, product(walk, table))
-        return items * of_item**-0.5, F.normalize(items, dim=1)
+        return items * of_item**-0.5, torch.cat([F.normalize(items, dim=1), bias], 1)
 
     steps = math.ceil(len(active) / np.clip(len(active) / 16, *BATCH))
-    optimiser = torch.optim.Adam([table], betas=(0.9, 0.99), fused=True)
+    parameters = [{"params": [parameter]} for parameter in (table, bias)]
+    optimiser = torch.optim.Adam(parameters, betas=(0.9, 0.99), fused=True)
 
     def batches(epoch: int) -> Iterator[npt.NDArray[np.int64]]:
         for step, users in enumerate(np.array_split(rng.permutation(active), steps), epoch * steps):
-            optimiser.param_groups[0]["lr"] = (
-                LEARNING_RATE * min(1.0, (step + 1) / WARM_UP) * (1.0 - step / (epochs * steps))
-            )
+            for group, rate in zip(optimiser.param_groups, LEARNING_RATES, strict=True):
+                group["lr"] = rate * min(1.0, (step + 1) / WARM_UP) * (1.0 - step / (epochs * steps))
             yield users
 
     def loss(users: npt.NDArray[np.int64]) -> Tensor:
         inputs, items = outputs()
         wanted = matrix[users]
-        vectors = bag(wanted, inputs) / TEMPERATURE
+        vectors = F.pad(bag(wanted, inputs), (0, 1), value=1.0) / TEMPERATURE
         drawn = torch.from_numpy(rng.permutation(n_items)[:NEGATIVES]).to(run.device)
         any_item = (vectors @ items[drawn].T).float().logsumexp(1) + math.log(n_items / len(drawn))
         weight = torch.from_numpy(np.asarray(wanted.sum(1), np.float32).ravel()).to(run.device)
@@ -129,24 +132,22 @@ def fit(
     checkpoint = run.checkpoint(past[:4], items=n_items, decay=half_life_days, width=width, epochs=epochs, seed=seed)
     losses: Losses = ()
     if steps:
-        model = nn.ParameterList([table])
+        model = nn.ParameterList([table, bias])
         losses = train(model, [optimiser], batches, loss, None, rng, epochs=epochs, run=run, checkpoint=checkpoint)
     with torch.no_grad():
         inputs, items = outputs()
-        encoder = FoldIn(*_clusters(items.cpu(), seed), half_life_days)
-        # A new tensor: a small catalog's items are its centres too.
-        items = items * of_item**POPULARITY
+        encoder = FoldIn(*_clusters(items[:, :-1].cpu(), items[:, -1].cpu() / TEMPERATURE, seed), half_life_days)
     return Vectors(items.cpu().numpy(), encoder.eval(), history, inputs=inputs.cpu().numpy(), losses=losses)
 
 
-def _clusters(items: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """Centres of the items, and how many are around each; all there are where these are few."""
+def _clusters(items: Tensor, bias: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """Centres of the items, and the bias that each has for all around it; the items themselves where these are few."""
     if len(items) <= CENTRES:
-        return items, torch.ones(len(items))
+        return items, bias
     bounds = {"min_points_per_centroid": 1, "max_points_per_centroid": 256}
     clusters = faiss.Kmeans(items.shape[1], CENTRES, niter=10, seed=seed + 1, **bounds)
     clusters.train(items.numpy())
-    nearest = clusters.index.search(items.numpy(), 1)[1][:, 0]
+    nearest = torch.from_numpy(clusters.index.search(items.numpy(), 1)[1][:, 0])
     # An empty cluster is of no weight, of which there is a logarithm.
-    sizes = np.bincount(nearest, minlength=CENTRES).clip(1e-6)
-    return torch.from_numpy(clusters.centroids), torch.from_numpy(sizes).float()
+    sums = torch.full((CENTRES,), 1e-6).index_add_(0, nearest, bias.exp())
+    return torch.from_numpy(clusters.centroids), sums.log()

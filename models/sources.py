@@ -44,7 +44,7 @@ from models.recall import (
     transitions,
     two_tower,
 )
-from models.recall.index import build_index
+from models.recall.index import SAMPLE, build_index
 from models.recall.training import Run
 
 WINDOW = 256
@@ -268,14 +268,14 @@ def _two_tower(draft: Draft, past: Past) -> None:
             seed=past.seed,
             run=_noted(past, "two_tower"),
         )
-        _vectors(draft, "two_tower", towers, past.seed)
+        _vectors(draft, "two_tower", towers, past.events, past.seed)
 
 
 def _sequences(draft: Draft, past: Past, name: str, fitted: Callable[..., Vectors]) -> None:
     if len(past.events.user) >= TOWERS_FROM:
         features = content.features(past.items.frame)
         network = fitted(past.events, features=features, seed=past.seed, run=_noted(past, name))
-        _vectors(draft, name, network, past.seed)
+        _vectors(draft, name, network, past.events, past.seed)
 
 
 def _sasrec(draft: Draft, past: Past) -> None:
@@ -287,20 +287,21 @@ def _gru4rec(draft: Draft, past: Past) -> None:
 
 
 def _spectral(draft: Draft, past: Past) -> None:
-    _vectors(draft, "spectral", spectral.fit(past.events, width=past.width.spectral, seed=past.seed), past.seed)
+    fitted = spectral.fit(past.events, width=past.width.spectral, seed=past.seed)
+    _vectors(draft, "spectral", fitted, past.events, past.seed)
 
 
 def _lightgcn(draft: Draft, past: Past) -> None:
     fitted = lightgcn.fit(past.events, width=past.width.lightgcn, seed=past.seed, run=_noted(past, "lightgcn"))
-    _vectors(draft, "lightgcn", fitted, past.seed)
+    _vectors(draft, "lightgcn", fitted, past.events, past.seed)
 
 
 def _als(draft: Draft, past: Past) -> None:
-    _vectors(draft, "als", mf.fit_als(past.events, seed=past.seed), past.seed)
+    _vectors(draft, "als", mf.fit_als(past.events, seed=past.seed), past.events, past.seed)
 
 
 def _bpr(draft: Draft, past: Past) -> None:
-    _vectors(draft, "bpr", mf.fit_bpr(past.events, seed=past.seed, run=_noted(past, "bpr")), past.seed)
+    _vectors(draft, "bpr", mf.fit_bpr(past.events, seed=past.seed, run=_noted(past, "bpr")), past.events, past.seed)
 
 
 def _content(draft: Draft, past: Past) -> None:
@@ -430,10 +431,14 @@ def _baskets(draft: Draft, name: str, made: session_knn.Baskets, width: Width, a
     draft.sources.append(BasketSpec(name=name, table=table, anchors=anchors, likest=width.likest))
 
 
-def _vectors(draft: Draft, name: str, towers: Vectors, seed: int) -> None:
+def _vectors(draft: Draft, name: str, towers: Vectors, past: Interactions, seed: int) -> None:
     # As they are kept: the index finds what scores best.
     vectors = np.ascontiguousarray(towers.items, np.float16).astype(np.float32)
-    kind, recall = build_index(vectors, vectors, draft.path / f"{name}.faiss", seed)
+    sample = np.random.default_rng(seed).permutation(np.unique(past.user))[:SAMPLE]
+    queries = towers.users(past, sample, int(past.ts_ms.max(initial=0)))
+    # Of whom nothing is known, nothing is looked for.
+    queries = queries[queries.any(1)]
+    kind, recall = build_index(vectors, queries, draft.path / f"{name}.faiss", seed)
     inputs = None
     if towers.inputs is not None:
         inputs = draft.save(f"{name}_inputs.safetensors", {"vectors": torch.from_numpy(towers.inputs).half()})

@@ -43,3 +43,8 @@ def test_what_is_stated_is_what_the_file_finds(tmp_path: Path, vectors: npt.NDAr
     best = np.argsort(-(queries @ vectors.T), axis=1)[:, :depth]
     shared = np.mean([len(np.intersect1d(a, b)) / depth for a, b in zip(rows, best, strict=True)])
     assert shared == pytest.approx(recall, abs=0.03)
+
+
+def test_what_nobody_asks_is_scanned(tmp_path: Path) -> None:
+    vectors = scattered(EXACT_BELOW + 1, 0)
+    assert build_index(vectors, vectors[:0], tmp_path / "index.faiss") == ("flat", 1.0)

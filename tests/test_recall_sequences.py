@@ -201,7 +201,7 @@ def bundle_that_reads_other_vectors(folder: Path, name: str) -> Bundle:
     rng = np.random.default_rng(0)
     scored, read = (rng.normal(size=(whole.items, width)).astype(np.float32) for width in (4, 3))
     draft = Draft(folder, whole.items, whole.window, whole.statistics, whole.categories, whole.brands, [], [], {})
-    _vectors(draft, "latest", Vectors(scored, Latest(), history=5, inputs=read), seed=0)
+    _vectors(draft, "latest", Vectors(scored, Latest(), history=5, inputs=read), bought([[0, 1]], whole.items), seed=0)
     draft.scenes = {"home": Scene(sources=(SceneSource(name="latest", k=15),))}
     return seal(draft, name)
 

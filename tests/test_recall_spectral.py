@@ -1,7 +1,6 @@
 import numpy as np
 import numpy.typing as npt
 import pytest
-import torch
 
 from app.state.events import EventType
 from models.recall import Interactions, Vectors, spectral
@@ -24,18 +23,9 @@ def random(seed: int, users: int = 30, n_items: int = 12) -> Interactions:
 
 def scores(rows: list[list[int]], vectors: Vectors) -> npt.NDArray[np.float32]:
     """Of histories bought now."""
-    read = torch.from_numpy(vectors.items if vectors.inputs is None else vectors.inputs)
-    history, kinds = torch.zeros(len(rows), vectors.history, read.shape[1]), torch.zeros(len(rows), vectors.history)
-    for line, of_user in enumerate(rows):
-        for place, row in enumerate(reversed(of_user)):
-            history[line, -1 - place] = read[row]
-            kinds[line, -1 - place] = EventType.PURCHASE
-    with torch.inference_mode():
-        if vectors.encoder is None:
-            users = torch.nn.functional.normalize(history.sum(1), dim=1)
-        else:
-            users = vectors.encoder(history, kinds.long(), torch.zeros(kinds.shape), torch.zeros(len(rows), 1).long())
-    found: npt.NDArray[np.float32] = users.numpy() @ vectors.items.T
+    past = bought([(user, row) for user, of_user in enumerate(rows) for row in of_user], len(vectors.items))
+    users = vectors.users(past, np.arange(len(rows), dtype=np.int32), DAY_MS)
+    found: npt.NDArray[np.float32] = users @ vectors.items.T
     return found
 
 

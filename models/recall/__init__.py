@@ -8,7 +8,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from app.state.events import EventType
+from app.state.events import MS_PER_DAY, EventType
 
 
 class Interactions(NamedTuple):
@@ -55,6 +55,26 @@ class Vectors:
     """In which an event loses half its weight where there is no encoder."""
     losses: tuple[tuple[float, float], ...] = ()
     """Training and validation loss of each epoch; empty where nothing was learned by gradient."""
+
+    def users(self, past: Interactions, chosen: npt.NDArray[np.int32], now_ms: int) -> npt.NDArray[np.float32]:
+        """Vectors [B, d] of users by number, without their profiles, as they ask at `now_ms`."""
+        begin, end = (np.searchsorted(past.user, chosen, side) for side in ("left", "right"))
+        index = end[:, None] + np.arange(-self.history, 0)
+        real = index >= begin[:, None]
+        read, event = self.items if self.inputs is None else self.inputs, index[real]
+        history = np.zeros((*real.shape, read.shape[1]), np.float32)
+        kinds, age_ms = np.zeros(real.shape, np.int64), np.zeros(real.shape, np.int64)
+        history[real], kinds[real], age_ms[real] = read[past.row[event]], past.kind[event], now_ms - past.ts_ms[event]
+        if self.encoder is None:
+            weight = STRENGTH[kinds]
+            if self.half_life_days is not None:
+                weight = weight * np.exp2(-age_ms / MS_PER_DAY / self.half_life_days)
+            summed = np.einsum("bld,bl->bd", history, weight)
+            return np.asarray(summed / np.linalg.norm(summed, axis=1, keepdims=True).clip(1e-12), np.float32)
+        given = history, kinds, (age_ms / 1000.0).astype(np.float32), np.zeros((len(chosen), self.profile), np.int64)
+        with torch.inference_mode():
+            # A solver leaves its answers column by column.
+            return np.ascontiguousarray(self.encoder(*map(torch.from_numpy, given)).numpy())
 
     def export(self) -> torch.export.ExportedProgram:
         """The encoder for batches of any size, 1 included."""

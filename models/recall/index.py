@@ -16,6 +16,7 @@ millisecond more."""
 TARGET_RECALL = 0.95
 DEPTH = 100
 SAMPLE = 500
+"""Queries that recall is measured with, at most."""
 
 
 def build_index(
@@ -23,14 +24,14 @@ def build_index(
 ) -> tuple[IndexKind, float]:
     """Writes an inner-product index of `vectors` [n, d] and returns its kind and measured recall@100.
 
-    Small catalogs are scanned exactly. Larger ones get inverted lists with just enough probes to find
-    95 % of the exact answers to a sample of `queries` [m, d]; where an eighth of the lists would not be
+    Small catalogs are scanned exactly, as are those that nobody asks. Larger ones get inverted lists with just enough
+    probes to find 95 % of the exact answers to a sample of `queries` [m, d]; where an eighth of the lists would not be
     enough (vectors without clusters), a graph (HNSW; Malkov & Yashunin, 2018) takes their place.
     """
     count, width = vectors.shape
     exact = faiss.IndexFlatIP(width)
     exact.add(vectors)
-    if count <= EXACT_BELOW:
+    if count <= EXACT_BELOW or not len(queries):
         faiss.write_index(exact, str(path))
         return "flat", 1.0
     sample = queries[np.random.default_rng(seed).permutation(len(queries))[:SAMPLE]]

@@ -105,9 +105,9 @@ def fit(
     bias = nn.Parameter(torch.zeros(n_items, 1, device=run.device))
 
     def outputs() -> tuple[Tensor, Tensor]:
-        """What a history holds of each item, and what it is scored by: a unit vector and a bias."""
+        """What a history holds of each item, and the unit vector of its cosine."""
         items = table + product(back, product(walk, table))
-        return items * of_item**-0.5, torch.cat([F.normalize(items, dim=1), bias], 1)
+        return items * of_item**-0.5, F.normalize(items, dim=1)
 
     steps = math.ceil(len(active) / np.clip(len(active) / 16, *BATCH))
     parameters = [{"params": [parameter]} for parameter in (table, bias)]
@@ -120,8 +120,8 @@ def fit(
             yield users
 
     def loss(users: npt.NDArray[np.int64]) -> Tensor:
-        inputs, items = outputs()
-        wanted = matrix[users]
+        inputs, unit = outputs()
+        items, wanted = torch.cat([unit, bias], 1), matrix[users]
         vectors = F.pad(bag(wanted, inputs), (0, 1), value=1.0) / TEMPERATURE
         drawn = torch.from_numpy(rng.permutation(n_items)[:NEGATIVES]).to(run.device)
         any_item = (vectors @ items[drawn].T).float().logsumexp(1) + math.log(n_items / len(drawn))
@@ -135,8 +135,9 @@ def fit(
         model = nn.ParameterList([table, bias])
         losses = train(model, [optimiser], batches, loss, None, rng, epochs=epochs, run=run, checkpoint=checkpoint)
     with torch.no_grad():
-        inputs, items = outputs()
-        encoder = FoldIn(*_clusters(items[:, :-1].cpu(), items[:, -1].cpu() / TEMPERATURE, seed), half_life_days)
+        inputs, unit = outputs()
+        encoder = FoldIn(*_clusters(unit.cpu(), bias[:, 0].cpu() / TEMPERATURE, seed), half_life_days)
+        items = torch.cat([unit, bias], 1)
     return Vectors(items.cpu().numpy(), encoder.eval(), history, inputs=inputs.cpu().numpy(), losses=losses)
 
 

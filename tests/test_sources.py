@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import polars as pl
 import pytest
 import torch
@@ -14,7 +15,7 @@ from app.engine.pipeline import Pipeline
 from models.data import DataError, Tables, canonical
 from models.data.log import Log
 from models.data.times import DAY_MS
-from models.recall import gru4rec, sasrec, two_tower
+from models.recall import gru4rec, index, sasrec, two_tower
 from models.sources import MODELS, WINDOW, fit
 
 END_MS = 1_700_000_000_000
@@ -95,3 +96,17 @@ def test_models_without_a_word_are_named(tmp_path: Path) -> None:
     assert fitted.silent == ("category", "segment")
     with pytest.raises(DataError, match="nothing can be learned of this history by category, segment"):
         fit(tmp_path, tables.items, log, END_MS, 0, lambda step: None, models=("category", "segment"))
+
+
+def test_an_index_is_measured_with_what_users_ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tables = table(9, 7)
+    log, asked = Log.from_tables(tables), []
+
+    def noted(vectors: npt.NDArray[np.float32], queries: npt.NDArray[np.float32], path: Path, seed: int) -> object:
+        asked.append(queries)
+        return index.build_index(vectors, queries, path, seed)
+
+    monkeypatch.setattr(models.sources, "build_index", noted)
+    fit(tmp_path, tables.items, log, END_MS, 0, lambda step: None, models=("lightgcn",))
+    assert len(asked[0]) == 9
+    np.testing.assert_array_equal(asked[0][:, -1], 1.0)

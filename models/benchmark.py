@@ -1,4 +1,4 @@
-"""`millirec benchmark quality`: public splits that others have published figures for, through the serving engine.
+"""`millirec benchmark quality`: public data that others have figures for, through the serving engine.
 
 A split without times is given some: sequences a day an event, sessions a minute, and sets a millisecond in random
 order, so that decay means distance, or nothing. The ranker learns from a part of training that the sources did not
@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -29,7 +30,8 @@ from app.engine.pipeline import Pipeline, Prepared
 from app.engine.ranking import FUSIONS
 from app.scenes import Scene
 from app.state.events import EVENT, EventType, item_key
-from models.commands import Device, Models, Ranker, chosen, device_of, one_line_errors, progress, single_threaded
+from models.commands import Device, Ranker, chosen, device_of, one_line_errors, progress, single_threaded
+from models.commands import evaluate as evaluate_shop
 from models.data import DataError
 from models.data.log import Log
 from models.data.tables import ITEMS
@@ -37,7 +39,7 @@ from models.data.times import DAY_MS
 from models.metrics import Row, Scores, bootstrap, evaluate, markdown
 from models.ranking import RANKERS, weights
 from models.recall.training import Run
-from models.sources import MODELS, WINDOW, Fitted, Progress, Width, fit
+from models.sources import MODELS, STANDARD, WINDOW, Fitted, Progress, Width, fit
 from models.train import Learned, examples, with_learned
 
 BATCH = 32
@@ -50,7 +52,6 @@ SESSIONS_DAYS = 131
 """What the sessions span."""
 LEARNED_FROM = 5_000
 """Users whose candidates the ranker sees, at most."""
-ALL = ",".join(MODELS)
 K = 100
 """Candidates of each source."""
 WIDTH = Width(neighbours=200, likest=200, two_tower=128, lightgcn=256, spectral=512, ease=400, ease_gb=6.0)
@@ -158,6 +159,8 @@ SPLITS: Mapping[str, Callable[[Path, int], Split]] = {
     "sports": amazon("Sports_and_Outdoors"),
     "retailrocket-sessions": sessions,
 }
+RETAIL = "online-retail"
+"""A shop's history with times, which `millirec evaluate` judges as it does any other: fixed here is where it is cut."""
 
 
 def run(
@@ -284,19 +287,33 @@ def _keys(wanted: Sequence[npt.NDArray[np.int64]], first: int = 0) -> dict[int, 
 
 def benchmark(
     what: Annotated[Literal["quality"], typer.Argument(help="What to measure; speed is `make bench`.")],
-    dataset: Annotated[str, typer.Argument(help=f"One of {', '.join(SPLITS)}.")],
+    dataset: Annotated[str, typer.Argument(help=f"One of {', '.join((RETAIL, *SPLITS))}.")],
     data: Annotated[Path, typer.Option(envvar="MILLIREC_DATASETS", help="Folder of the data sets.")],
-    models: Models = ALL,
+    models: Annotated[
+        str | None, typer.Option(help=f"As `train` has them. Default: all; for {RETAIL} as `train` chooses.")
+    ] = None,
     ranker: Ranker = "blend",
     seed: Annotated[int, typer.Option()] = 0,
     device: Device = "auto",
 ) -> None:
-    """Judge every model, every fusion and the pipeline on a public split that others have published figures for."""
+    """Judge every model, every fusion and the pipeline on public data that others have figures for."""
+    if dataset == RETAIL:
+        evaluate_shop(
+            cut=datetime(2011, 11, 9),
+            days=30,
+            label_days=30,
+            retail=data / "online_retail" / "online_retail.csv.gz",
+            models=models or ",".join(STANDARD),
+            ranker=ranker,
+            seed=seed,
+            device=device,
+        )
+        return
     single_threaded()
     with one_line_errors(), progress() as shown:
         if dataset not in SPLITS:
-            raise DataError(f"no split {dataset}; there are {', '.join(SPLITS)}")
-        names = chosen(models, ranker)
+            raise DataError(f"no data {dataset}; there are {', '.join((RETAIL, *SPLITS))}")
+        names = chosen(models or ",".join(MODELS), ranker)
         split = SPLITS[dataset](data, seed)
         begun = time.monotonic()
         rows, seconds = run(split, names, ranker, seed, shown, device_of(device))

@@ -2,7 +2,9 @@
 
 import gzip
 import json
+import re
 from collections.abc import Mapping
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from app.state.events import item_key
 from models.benchmark import SPLITS, Stage, run
 
 USERS, ITEMS = 200, 30
+LOYAL = 150
 
 
 def user_items(user: int, rng: np.random.Generator) -> list[int]:
@@ -45,6 +48,29 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     labels = pl.DataFrame({"prefix": [row[:-1] for row in rows[:40]], "label": [row[-1] for row in rows[:40]]})
     labels.write_parquet(root / "sessions_retailrocket" / "test.parquet")
     return root
+
+
+def invoices(folder: Path) -> None:
+    """A shop of Online Retail's time: everybody buys of one half every ten days, `LOYAL` customers to the end."""
+    rng = np.random.default_rng(0)
+    lines = [
+        {
+            "InvoiceNo": f"{user}-{visit}",
+            "StockCode": f"p{item}",
+            "Description": f"THING {item}",
+            "Quantity": 1,
+            "InvoiceDate": datetime(2011, 6, 1) + timedelta(days=10 * visit + user / USERS),
+            "UnitPrice": 1.5,
+            "CustomerID": user,
+            "Country": "United Kingdom",
+        }
+        for user in range(USERS)
+        for visit in range(19 if user < LOYAL else 16)
+        for item in rng.choice(ITEMS // 2, 2, replace=False) + (user % 2) * (ITEMS // 2)
+    ]
+    path = folder / "online_retail" / "online_retail.csv.gz"
+    path.parent.mkdir()
+    pl.DataFrame(lines).write_csv(path, compression="gzip")
 
 
 KEYS = {item_key(str(item)): item for item in range(ITEMS)}
@@ -101,10 +127,23 @@ def test_the_leaderboard_has_every_source_and_the_pipeline_ahead_of_popularity(f
     assert scores["pipeline"] > 1.2 * scores["source popular"]
 
 
+def test_online_retail_is_cut_a_month_before_its_end(tmp_path: Path) -> None:
+    arguments = "benchmark quality online-retail --models history,item_cf,popularity --ranker linear".split()
+    missing = CliRunner().invoke(cli, [*arguments, "--data", str(tmp_path)])
+    assert missing.exit_code == 2 and "online_retail.csv.gz" in missing.stderr
+    invoices(tmp_path)
+    result = CliRunner().invoke(cli, [*arguments, "--data", str(tmp_path)], catch_exceptions=False)
+    assert result.exit_code == 0
+    _, new, everything = result.stdout.split("\n### ")
+    assert new.startswith("new: ") and everything.startswith(f"all: {LOYAL} users")
+    ndcg = dict(re.findall(r"\n\| (pipeline|source popular) \| \**([.\d]+)", everything))
+    assert float(ndcg["pipeline"]) > 1.2 * float(ndcg["source popular"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["lastfm"], "no split lastfm; there are gowalla, beauty"),
+        (["lastfm"], "no data lastfm; there are online-retail, gowalla"),
         (["gowalla", "--models", "ease,oracle"], "no model oracle; there are history"),
         (["gowalla", "--ranker", "oracle"], "no ranker oracle; there are mlp"),
         (["sports"], "Sports_and_Outdoors.txt.gz cannot be read"),

@@ -4,6 +4,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import scipy.sparse as sp
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -118,3 +119,8 @@ def test_the_same_input_gives_the_same_table() -> None:
     past = logged([(int(u), int(i), 90, EventType.PURCHASE) for u, i in rng.integers(0, 30, (300, 2))], 30)
     for one, other in zip(fit(past), fit(past), strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def test_the_smallest_numbers_are_not_lost_afterwards() -> None:
+    fit(logged([(0, 0, 99, EventType.PURCHASE), (0, 1, 99, EventType.PURCHASE)], 2))
+    assert float(torch.tensor(2e-39) / 2) > 0

@@ -38,7 +38,13 @@ def fit(
     if needed_gb(past.n_items) > memory_gb:
         return None
     panels = _gram(user_items(past, now_ms, half_life_days), ridge)
-    _invert(panels)
+    # Items that few old events join are told apart by less than float32 normally holds, and some processors take
+    # several times as long over such numbers. They are far below `SMALLEST`.
+    torch.set_flush_denormal(True)
+    try:
+        _invert(panels)
+    finally:
+        torch.set_flush_denormal(False)
     return _table(panels, min(k, past.n_items), signed)
 
 

@@ -30,7 +30,16 @@ from app.engine.pipeline import Pipeline, Prepared
 from app.engine.ranking import FUSIONS
 from app.scenes import Scene
 from app.state.events import EVENT, EventType, item_key
-from models.commands import Device, Ranker, chosen, device_of, one_line_errors, progress, single_threaded
+from models.commands import (
+    STANDARD_MODELS,
+    Device,
+    Ranker,
+    chosen,
+    device_of,
+    one_line_errors,
+    progress,
+    single_threaded,
+)
 from models.commands import evaluate as evaluate_shop
 from models.data import DataError
 from models.data.log import Log
@@ -39,7 +48,7 @@ from models.data.times import DAY_MS
 from models.metrics import Row, Scores, bootstrap, evaluate, markdown
 from models.ranking import RANKERS, weights
 from models.recall.training import Run
-from models.sources import MODELS, STANDARD, WINDOW, Fitted, Progress, Width, fit
+from models.sources import MODELS, WINDOW, Fitted, Progress, Width, fit
 from models.train import Learned, examples, with_learned
 
 BATCH = 32
@@ -161,6 +170,7 @@ SPLITS: Mapping[str, Callable[[Path, int], Split]] = {
 }
 RETAIL = "online-retail"
 """A shop's history with times, which `millirec evaluate` judges as it does any other: fixed here is where it is cut."""
+DATASETS = ", ".join((RETAIL, *SPLITS))
 
 
 def run(
@@ -287,7 +297,7 @@ def _keys(wanted: Sequence[npt.NDArray[np.int64]], first: int = 0) -> dict[int, 
 
 def benchmark(
     what: Annotated[Literal["quality"], typer.Argument(help="What to measure; speed is `make bench`.")],
-    dataset: Annotated[str, typer.Argument(help=f"One of {', '.join((RETAIL, *SPLITS))}.")],
+    dataset: Annotated[str, typer.Argument(help=f"One of {DATASETS}.")],
     data: Annotated[Path, typer.Option(envvar="MILLIREC_DATASETS", help="Folder of the data sets.")],
     models: Annotated[
         str | None, typer.Option(help=f"As `train` has them. Default: all; for {RETAIL} as `train` chooses.")
@@ -303,7 +313,7 @@ def benchmark(
             days=30,
             label_days=30,
             retail=data / "online_retail" / "online_retail.csv.gz",
-            models=models or ",".join(STANDARD),
+            models=models or STANDARD_MODELS,
             ranker=ranker,
             seed=seed,
             device=device,
@@ -312,7 +322,7 @@ def benchmark(
     single_threaded()
     with one_line_errors(), progress() as shown:
         if dataset not in SPLITS:
-            raise DataError(f"no data {dataset}; there are {', '.join((RETAIL, *SPLITS))}")
+            raise DataError(f"no data {dataset}; there are {DATASETS}")
         names = chosen(models or ",".join(MODELS), ranker)
         split = SPLITS[dataset](data, seed)
         begun = time.monotonic()

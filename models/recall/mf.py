@@ -63,13 +63,12 @@ class LeastSquares(nn.Module):
         self.ridge = ridge
 
     def forward(self, history: Tensor, kinds: Tensor, ages_s: Tensor, profile: Tensor) -> Tensor:
-        weight = self.weights(kinds, ages_s).unsqueeze(2)
-        weighted = history * weight
-        diagonal = torch.diag_embed(self.base + self.ridge * weight.sum(1))
-        normal = torch.baddbmm(diagonal, weighted.transpose(1, 2), history)
+        weight = self.weights(kinds, ages_s)
+        normal = torch.bmm((history * weight.unsqueeze(2)).transpose(1, 2), history)
+        normal.diagonal(dim1=1, dim2=2).add_(self.base + self.ridge * weight.sum(1, keepdim=True))
         # In half the time of a general solver; `base` keeps the matrix positive.
         lower = torch.linalg.cholesky_ex(normal).L
-        return torch.cholesky_solve(weighted.sum(1).unsqueeze(2), lower).squeeze(2)
+        return torch.cholesky_solve(torch.bmm(weight.unsqueeze(1), history).transpose(1, 2), lower).squeeze(2)
 
 
 def fit_als(

@@ -67,7 +67,7 @@ class Encoder(sequences.Encoder):
         return self._attend(events, self.before(events), logit)
 
     def _events(self, history: Tensor, kinds: Tensor) -> Tensor:
-        events: Tensor = self.dropout(torch.add(self.kind(kinds), history, alpha=self.scale))
+        events: Tensor = self.dropout(self.kind(kinds).add_(history, alpha=self.scale))
         return events
 
     def _attend(self, reading: Tensor, read: Tensor, logit: Tensor) -> Tensor:

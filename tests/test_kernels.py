@@ -99,12 +99,22 @@ def test_nearest_is_the_exact_order(seed: int, items: int, k: int) -> None:
     vectors, users = (torch.randn(size, 16, generator=generator) for size in (items, 3))
     vectors = vectors.half()
     k = min(k, items)
-    rough = (users.bfloat16() @ vectors.bfloat16().t()).view(torch.uint16)
+    rough = (vectors.bfloat16() @ users.bfloat16().t()).view(torch.uint16)
     rows, best = kernels.nearest(rough.numpy(), users.numpy(), vectors.view(torch.uint16).numpy(), k)
     exact = users @ vectors.float().t()
     np.testing.assert_allclose(best, exact.topk(k).values, atol=1e-4)
     np.testing.assert_allclose(best, np.take_along_axis(exact.numpy(), rows, 1), atol=1e-4)
     assert all(len(set(line)) == k for line in rows.tolist())
+
+
+def test_nothing_is_near_to_a_user_of_zeros() -> None:
+    generator = torch.Generator().manual_seed(0)
+    vectors, users = torch.randn(500, 16, generator=generator).half(), torch.randn(3, 16, generator=generator)
+    users[1] = 0
+    rough = (vectors.bfloat16() @ users.bfloat16().t()).view(torch.uint16)
+    rows, _ = kernels.nearest(rough.numpy(), users.numpy(), vectors.view(torch.uint16).numpy(), 20)
+    assert [(line >= 0).all() for line in rows] == [True, False, True]
+    assert (rows[1] == -1).all()
 
 
 @pytest.mark.parametrize(
@@ -119,7 +129,7 @@ def test_nearest_wherever_the_best_lie(high: npt.NDArray[np.int64]) -> None:
     score = -np.linspace(1, 2, 4096, dtype=np.float16)
     score[high] = np.linspace(2, 1, len(high), dtype=np.float16)
     vectors, users = torch.from_numpy(score)[:, None], torch.ones(1, 1)
-    rough = (users.bfloat16() @ vectors.bfloat16().t()).view(torch.uint16)
+    rough = (vectors.bfloat16() @ users.bfloat16().t()).view(torch.uint16)
     rows, best = kernels.nearest(rough.numpy(), users.numpy(), vectors.view(torch.uint16).numpy(), 20)
     assert best[0].tolist() == np.sort(score.astype(np.float32))[::-1][:20].tolist()
     assert best[0].tolist() == score[rows[0]].tolist()

@@ -45,12 +45,16 @@ GROUPS = 3
 """Leaf category, department, brand."""
 OWN = 3
 """Ways in which a user can have met an item: viewed, put in the cart, bought."""
-AHEAD = 8
+AHEAD = 32
 """Candidates between asking for an item's columns and reading them."""
-SPARE = 8
-"""Blocks of scores that are looked into beside twice as many as are wanted."""
+SPARE = 16
+"""Blocks of scores that are looked into beside as many as are wanted."""
 BLOCK = 16
 """Scores that are passed over together."""
+HALVES = 1 << 15
+"""Bit patterns of a positive float of half precision."""
+LOWEST = -HALVES
+"""Not above any."""
 REORDERED = {"reassoc", "contract"}
 """What a compiler may do to a sum for it to be several at a time."""
 LANES = 128
@@ -114,6 +118,21 @@ def _score(descending: np.uint32) -> np.float32:
     if descending >> np.uint32(31):
         return _float(descending)
     return _float(np.uint32(0x7FFFFFFF) - descending)
+
+
+@njit("f4(f4)", inline="always")
+def _log(x: np.float32) -> np.float32:
+    """The natural logarithm of a positive number to 3e-7 of it, in a form that a loop does several of at a time."""
+    # x = 2^e (1 + f) with f from -1/3 to 1/3, where the series of log(1 + f) is fitted from the third term on.
+    bits = np.int32(_bits(x))
+    exponent = (bits - np.int32(0x3F2AAAAB)) >> np.int32(23)
+    f = _float(np.uint32(bits - (exponent << np.int32(23)))) - np.float32(1)
+    rest = np.float32(0.16992516) - f * np.float32(0.1492299)
+    rest = np.float32(-0.16505291) + f * rest
+    rest = np.float32(0.19817737) + f * rest
+    rest = np.float32(-0.25002968) + f * rest
+    rest = np.float32(0.33336759) + f * rest
+    return f + f * f * (f * rest - np.float32(0.5)) + np.float32(exponent) * np.float32(0.6931472)
 
 
 @njit("i8[::1](i8[::1], i8)", cache=True, nogil=True)
@@ -456,35 +475,63 @@ def merge(
 def _highest(score: Shorts, found: Shorts) -> None:
     """Into `found` [m] the greatest of score[i], score[i + m], ..., `BLOCK` of them, or 0 where all are lower."""
     found[:] = 0
-    blocks = len(found)
+    columns = len(found)
     for place in range(BLOCK):
-        line = score[place * blocks : (place + 1) * blocks]
-        for block in range(blocks):
-            found[block] = max(found[block], line[block])
+        line = score[place * columns : (place + 1) * columns]
+        for column in range(columns):
+            found[column] = max(found[column], line[column])
 
 
-@njit("i8(u2[::1], i8, i8[::1], i2[::1], u8[::1], i4[::1])", cache=True, nogil=True)
-def _near(score: Halves, wanted: int, rows: Longs, highest: Shorts, keys: Keys, histogram: Ints) -> int:
-    """Fills `rows` with where the bfloat16 scores are as high as the best of `wanted` blocks; returns how many."""
-    signed, blocks = score.view(np.int16), len(highest)
+@njit("i8(i2[:, ::1], i8, i8, i4[::1])", cache=True, nogil=True)
+def _bound(highest: Shorts, one: int, wanted: int, histogram: Ints) -> int:
+    """The `wanted`-th greatest of a column, or what all are above where there are not so many above 0.
+
+    `histogram` is all zero, before and after.
+    """
+    bound = 0
+    for block in range(len(highest)):
+        histogram[highest[block, one]] += 1
+        bound = max(bound, np.int64(highest[block, one]))
+    total = histogram[bound]
+    while total < wanted and bound > 0:
+        bound -= 1
+        total += histogram[bound]
+    for block in range(len(highest)):
+        histogram[highest[block, one]] = 0
+    return bound if bound > 0 else LOWEST
+
+
+@njit("i8[::1](i2[:, ::1], i8, i4[:, ::1])", cache=True, nogil=True)
+def _near(score: Shorts, wanted: int, rows: Ints) -> Longs:
+    """Fills each of `rows` [B, n + 1] with where the column of the bfloat16 scores [n, B] is as high as the best of
+    `wanted` blocks; returns how many these are.
+    """
+    items, size = score.shape
+    blocks = items // BLOCK
+    highest = np.empty((blocks, size), np.int16)
     # The bits of positive numbers ascend with them, and so does what they are as integers.
-    _highest(signed, highest)
+    _highest(score.reshape(-1), highest.reshape(-1))
+    histogram, bounds = np.zeros(HALVES, np.int32), np.empty(size, np.int16)
+    for one in range(size):
+        bounds[one] = _bound(highest, one, wanted, histogram)
+    # Block by block, for all queries: what one reads of a block lies beside what the others do. Which they are is
+    # noted first, without a branch that could not be foretold.
+    count, within = np.zeros(size, np.int64), np.empty(size + 1, np.int64)
     for block in range(blocks):
-        keys[block] = (np.uint64(0x7FFF - np.int64(highest[block])) << np.uint64(49)) | np.uint64(block)
-    best = _best(keys, blocks, wanted, histogram)
-    bound = 0x7FFF - np.int64(best[wanted - 1] >> np.uint64(49)) if blocks >= wanted else 0
-    if bound == 0:
-        rows[: len(score)] = np.arange(len(score))
-        return len(score)
-    count = 0
-    for one in range(wanted):
-        for place in range(BLOCK):
-            column = np.int64(best[one] & np.uint64(0xFFFFFFFF)) + place * blocks
-            rows[count] = column
-            count += signed[column] >= bound
-    for column in range(blocks * BLOCK, len(score)):
-        rows[count] = column
-        count += signed[column] >= bound
+        queries = 0
+        for one in range(size):
+            within[queries] = one
+            queries += highest[block, one] >= bounds[one]
+        for one in within[:queries]:
+            bound, place = bounds[one], count[one]
+            for row in range(block, blocks * BLOCK, blocks):
+                rows[one, place] = row
+                place += score[row, one] >= bound
+            count[one] = place
+    for row in range(blocks * BLOCK, items):
+        for one in range(size):
+            rows[one, count[one]] = row
+            count[one] += score[row, one] >= bounds[one]
     return count
 
 
@@ -497,27 +544,33 @@ def _near(score: Halves, wanted: int, rows: Longs, highest: Shorts, keys: Keys, 
 def nearest(rough: Halves, users: Floats, vectors: Halves, k: int) -> tuple[Longs, Floats]:
     """The rows [B, k] of the `vectors` [n, d] with the greatest dot products with each of `users` [B, d], and these.
 
-    `rough` [B, n] are the products in bfloat16. The best of each block of them are compared first; most blocks are then
-    passed over, and exact is the product of what is as high as the best of some 2 k blocks. k <= n.
+    Rows of -1 for a user of zeros, to whom nothing is near. `rough` [n, B] are the products in bfloat16. The best of
+    each block of them are compared first; most blocks are then passed over, and exact is the product of what is as
+    high as the best of `k + SPARE` blocks: rounding moves a score by far less than what lies between these ranks.
+    k <= n.
     """
-    size, columns = rough.shape
+    items, size = rough.shape
     width = vectors.shape[1]
     found, best = np.empty((size, k), np.int64), np.empty((size, k), np.float32)
-    histogram, keys = np.zeros(BUCKETS, np.int32), np.empty(columns + 1, np.uint64)
-    rows, highest = np.empty(columns + 1, np.int64), np.empty(columns // BLOCK, np.int16)
+    histogram, keys = np.zeros(BUCKETS, np.int32), np.empty(items, np.uint64)
+    rows = np.empty((size, items + 1), np.int32)
+    count = _near(rough.view(np.int16), k + SPARE, rows)
     for one in range(size):
-        count = _near(rough[one], 2 * k + SPARE, rows, highest, keys, histogram)
-        for place in range(count):
-            if place + AHEAD < count:
-                at = rows[place + AHEAD] * width
+        if not users[one].any():
+            found[one], best[one] = -1, 0
+            continue
+        for place in range(count[one]):
+            if place + AHEAD < count[one]:
+                at = np.int64(rows[one, place + AHEAD]) * width
                 for line in range(at, at + width, 32):
                     _prefetch(vectors, line)
                 _prefetch(vectors, at + width - 1)
+            row = np.int64(rows[one, place])
             total = np.float32(0)
             for column in range(width):
-                total += users[one, column] * _single(vectors[rows[place], column])
-            keys[place] = (np.uint64(_descending(total)) << np.uint64(32)) | np.uint64(rows[place])
-        ascending = _best(keys, count, k, histogram)
+                total += users[one, column] * _single(vectors[row, column])
+            keys[place] = (np.uint64(_descending(total)) << np.uint64(32)) | np.uint64(row)
+        ascending = _best(keys, count[one], k, histogram)
         for rank in range(k):
             found[one, rank] = np.int64(ascending[rank] & np.uint64(0xFFFFFFFF))
             best[one, rank] = _score(np.uint32(ascending[rank] >> np.uint64(32)))
@@ -581,8 +634,13 @@ def features(
         longest = max(longest, begin[one + 1] - begin[one])
     counts, recency = np.empty((longest, OWN + 1), np.float32), np.empty((longest, OWN + 1), np.float32)
     bought = np.empty(longest, np.float32)
+    most = 0
+    for one in range(size):
+        most = max(most, candidates[one + 1] - candidates[one])
+    sizes, shares = np.empty(most, np.float32), np.empty(most, np.float32)
+    places, agreement = np.empty(most, np.float32), np.empty(most, np.float32)
     in_group = np.zeros(group_count, np.float32)
-    never = np.log(np.float32(1) + MINUTES * NEVER_DAYS)
+    never = _log(np.float32(1) + MINUTES * NEVER_DAYS)
     for one in range(size):
         events = begin[one + 1] - begin[one]
         purchases, weight, priced, prices = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
@@ -614,13 +672,28 @@ def features(
         mean_price = prices / max(priced, np.float32(1e-9))
         shared = max(weight, np.float32(1e-9))
         of_user = (
-            np.log(np.float32(1 + events)),
-            np.log(np.float32(1) + purchases),
-            np.log(np.float32(1) + weight),
-            np.log(np.float32(1) + MINUTES * latest),
+            _log(np.float32(1 + events)),
+            _log(np.float32(1) + purchases),
+            _log(np.float32(1) + weight),
+            _log(np.float32(1) + MINUTES * latest),
             mean_price,
         )
-        for candidate in range(candidates[one], candidates[one + 1]):
+        first, last = candidates[one], candidates[one + 1]
+        agreement[: last - first] = 0
+        for source in range(sources):
+            # Several candidates at a time: no branch, and what is found is put in its place by a loop of its own.
+            top = max(best[source, one], np.float32(1e-9))
+            for at in range(last - first):
+                value, place = score[source, first + at], rank[source, first + at]
+                size_of = _log(np.float32(1) + np.float32(100) * abs(value))
+                sizes[at] = size_of if value > 0 else -size_of
+                shares[at] = max(np.float32(-1), min(np.float32(1), value / top))
+                places[at] = np.float32(10) / (np.float32(10) + place)
+                agreement[at] += np.float32(1) if place < ABSENT else np.float32(0)
+            for at in range(last - first):
+                out = found[first + at]
+                out[3 * source], out[3 * source + 1], out[3 * source + 2] = sizes[at], shares[at], places[at]
+        for candidate in range(first, last):
             of = row[candidate]
             if candidate + AHEAD < len(row):
                 at = row[candidate + AHEAD] * width
@@ -628,31 +701,21 @@ def features(
                     _prefetch(records, line)
                 _prefetch(records, at + width - 1)
             out = found[candidate]
-            agreement = 0
-            for source in range(sources):
-                value, place = score[source, candidate], rank[source, candidate]
-                if value != 0:
-                    size_of = np.log(np.float32(1) + np.float32(100) * abs(value))
-                    out[3 * source] = size_of if value > 0 else -size_of
-                    share = value / max(best[source, one], np.float32(1e-9))
-                    out[3 * source + 1] = max(np.float32(-1), min(np.float32(1), share))
-                out[3 * source + 2] = np.float32(10) / (np.float32(10) + place)
-                agreement += place < ABSENT
-            out[item - 1] = agreement
+            out[item - 1] = agreement[candidate - first]
             for column in range(kinds):
                 out[item + column] = records[of, column]
             price = records[of, kinds]
             age = max(np.float32(now_days) - records[of, kinds + 1], np.float32(0))
-            out[item + kinds] = np.log(np.float32(1) + age)
+            out[item + kinds] = _log(np.float32(1) + age)
             out[item + kinds + 1] = price
             for column in range(5):
                 out[user + column] = of_user[column]
             mine = index[of]
             if mine >= 0:
                 for part in range(OWN):
-                    out[own + 2 * part] = np.log(np.float32(1) + counts[mine, part])
-                    out[own + 2 * part + 1] = np.log(np.float32(1) + MINUTES * recency[mine, part])
-                out[own + 2 * OWN] = np.log(np.float32(1) + bought[mine])
+                    out[own + 2 * part] = _log(np.float32(1) + counts[mine, part])
+                    out[own + 2 * part + 1] = _log(np.float32(1) + MINUTES * recency[mine, part])
+                out[own + 2 * OWN] = _log(np.float32(1) + bought[mine])
             else:
                 for part in range(OWN):
                     out[own + 2 * part + 1] = never

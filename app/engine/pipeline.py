@@ -129,9 +129,10 @@ class Pipeline:
         if neighbours:
             try:
                 ks = [scene.sources[number].k for number in neighbours]
-                which, part = recall_neighbours(list(neighbours.values()), batch, ks, scene.context)
-                parts.append(part)
-                said_by.append(torch.tensor(list(neighbours), device=self.device).index_select(0, which))
+                numbers = torch.tensor(list(neighbours), device=self.device)
+                for which, part in recall_neighbours(list(neighbours.values()), batch, ks, scene.context):
+                    parts.append(part)
+                    said_by.append(numbers.index_select(0, which))
             except (RuntimeError, ValueError, IndexError) as error:
                 failed([one.name for one in neighbours.values()], error)
         for number, (wanted, one) in enumerate(zip(scene.sources, sources, strict=True)):

@@ -70,7 +70,7 @@ class VectorSource:
         self.index = _open_index(str(bundle.path / spec.index), device)
         # Where every item is looked at anyway, rough scores and exact ones of the best take a quarter of FAISS's time.
         exact = isinstance(faiss.downcast_index(self.index), faiss.IndexFlat)
-        self._scanned = vectors.bfloat16().t() if exact and device.type == "cpu" else None
+        self._scanned = vectors.bfloat16() if exact and device.type == "cpu" else None
         if (self.index.ntotal, self.index.d) != tuple(vectors.shape):
             raise BundleError(
                 f"{spec.index} is [{self.index.ntotal}, {self.index.d}], {spec.vectors} {list(vectors.shape)}"
@@ -80,20 +80,18 @@ class VectorSource:
         users = batch.user_vectors[self.name] = self._users(batch, context)
         k = min(k, self.index.ntotal)
         if self._scanned is not None and isinstance(batch.scratch, Scratch):
-            rough = (users.bfloat16() @ self._scanned).view(torch.uint16)
-            rows, scores = kernels.nearest(rough.numpy(), users.numpy(), self._host, k)
-        else:
-            # The GPU build of faiss takes CUDA tensors as they are; the CPU build wants numpy.
-            scores, rows = self.index.search(users if users.is_cuda else users.numpy(), k)
-        rows, scores = torch.as_tensor(rows), torch.as_tensor(scores)
-        known = users.any(1)
-        if not known.all():
-            # Of whom nothing is known, nothing is near.
-            rows = torch.where(known[:, None], rows, -1)
-        elif self._scanned is not None:
-            query, rank = _cells(*rows.shape)
-            return Recalled(query, rows.flatten(), scores.flatten(), rank)
-        return _flat(rows, scores)
+            rough = (self._scanned @ users.bfloat16().t()).view(torch.uint16)
+            found = kernels.nearest(rough.numpy(), users.numpy(), self._host, k)
+            rows, scores = map(torch.from_numpy, found)
+            if (found[0] >= 0).all():
+                query, rank = _cells(*rows.shape)
+                return Recalled(query, rows.flatten(), scores.flatten(), rank)
+            return _flat(rows, scores)
+        # The GPU build of faiss takes CUDA tensors as they are; the CPU build wants numpy.
+        found = self.index.search(users if users.is_cuda else users.numpy(), k)
+        scores, rows = map(torch.as_tensor, found)
+        # Of whom nothing is known, nothing is near.
+        return _flat(torch.where(users.any(1)[:, None], rows, -1), scores)
 
     def score(self, batch: Batch, query: Tensor, row: Tensor) -> Tensor:
         """Exact scores float32 [M] of (query, row) pairs of a batch that has been recalled."""
@@ -132,21 +130,20 @@ class NeighbourSource:
         self.rule = Rule(spec.anchors, device)
 
     def recall(self, batch: Batch, k: int, context: bool) -> Recalled:
-        return recall_neighbours([self], batch, [k], context)[1]
+        return recall_neighbours([self], batch, [k], context)[0][1]
 
 
 def recall_neighbours(
     sources: Sequence[NeighbourSource], batch: Batch, ks: Sequence[int], context: bool
-) -> tuple[Tensor, Recalled]:
-    """What `recall` of each source gives, one after the other, and which source int64 [E] said it."""
+) -> list[tuple[Tensor, Recalled]]:
+    """What `recall` of the sources gives, in parts, each with which source int64 [E] said it."""
     depths = [DEPTH * k for k in ks]
     if isinstance(batch.scratch, Scratch):
         found = [
             _near_anchors(source.table, source.rule, batch, context, depth, batch.scratch.total)
             for source, depth in zip(sources, depths, strict=True)
         ]
-        number = torch.from_numpy(np.repeat(np.arange(len(sources)), [len(part.query) for part in found]))
-        return number, Recalled(*map(torch.cat, zip(*found, strict=True)))
+        return [(torch.full_like(part.query, number), part) for number, part in enumerate(found)]
     # In one pass: a query of a source is treated as a query of its own.
     slot, row, weight = anchors([source.rule for source in sources], batch, context)
     bounds = torch.searchsorted(slot, torch.arange(len(sources) + 1, device=batch.device) * batch.size).tolist()
@@ -158,7 +155,7 @@ def recall_neighbours(
     limit = torch.tensor(depths, device=batch.device).repeat_interleave(batch.size)
     slot, row, total, rank = _near(steps, slots, batch.items, limit)
     number = slot // batch.size
-    return number, Recalled(slot - number * batch.size, row, total, rank)
+    return [(number, Recalled(slot - number * batch.size, row, total, rank))]
 
 
 def _near_anchors(

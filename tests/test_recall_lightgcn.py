@@ -46,7 +46,8 @@ def test_a_seed_gives_the_same_vectors() -> None:
 def fold_in(items: torch.Tensor, history: list[int], padding: int = 0, days: float = 0.0) -> torch.Tensor:
     """The vector of who bought these items, of a catalog that is its own centres."""
     encoder = FoldIn(items, bias(items), 60.0)
-    read = torch.cat([torch.full((1, padding, items.shape[1]), 7.0), 3.0 * items[None, history]], 1)
+    held = F.pad(3.0 * items, (0, 1), value=1 / 3)
+    read = torch.cat([torch.full((1, padding, held.shape[1]), 7.0), held[None, history]], 1)
     kinds = torch.tensor([[0] * padding + [EventType.PURCHASE] * len(history)])
     vector: torch.Tensor = encoder(read, kinds, torch.full(kinds.shape, days * 86_400), torch.zeros(1, 1).long())[0]
     return vector

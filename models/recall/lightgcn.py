@@ -49,7 +49,8 @@ class FoldIn(nn.Module):
     and a one for the items' biases.
 
     From the sum of what the history holds of its items it takes steps down the loss of training, the softmax over all
-    items, with `centres` [C, d] in their place, each with the `bias` [C] of all that it stands for.
+    items, with `centres` [C, d] in their place, each with the `bias` [C] of all that it stands for. What the history
+    holds of an item is d wide, followed by one through its length.
     """
 
     def __init__(self, centres: Tensor, bias: Tensor, half_life_days: float | None) -> None:
@@ -66,12 +67,12 @@ class FoldIn(nn.Module):
         # Events are as many as equal weights would be (Kish): the more speak, the further the fit may go.
         # Clamped for those without any.
         rate = RATE * (weight * weight).sum(1, keepdim=True).clamp(min=1e-6) ** -0.25
-        unit = weight / torch.linalg.vector_norm(history, dim=2).clamp(min=1e-12)
-        added, own = torch.bmm(torch.stack([weight, unit], 1), history).unbind(1)
-        user = F.normalize(added, dim=1) / TEMPERATURE
+        summed = torch.bmm(torch.stack([weight, weight * history[:, :, -1]], 1), history)
+        added, own = summed[:, :, :-1].unbind(1)
+        user, centres = F.normalize(added, dim=1) / TEMPERATURE, self.centres.t()
         for _ in range(STEPS):
-            share = torch.addmm(self.bias, user, self.centres.t()).softmax(1)
-            user = user + rate * torch.addmm(own, share, self.centres, alpha=-1)
+            share = torch.addmm(self.bias, user, centres).softmax(1)
+            user = torch.addcmul(user, rate, torch.addmm(own, share, self.centres, alpha=-1))
         found: Tensor = F.pad(F.normalize(user, dim=1), (0, 1), value=1.0) * (total > 0)
         return found
 
@@ -138,6 +139,9 @@ def fit(
         inputs, unit = outputs()
         encoder = FoldIn(*_clusters(unit.cpu(), bias[:, 0].cpu() / TEMPERATURE, seed), half_life_days)
         items = torch.cat([unit, bias], 1)
+        # Known of an item, not to be found out for every event. float16 goes to 65,504.
+        shortened = (1 / torch.linalg.vector_norm(inputs, dim=1, keepdim=True)).clamp(max=6e4)
+        inputs = torch.cat([inputs, shortened], 1)
     return Vectors(items.cpu().numpy(), encoder.eval(), history, inputs=inputs.cpu().numpy(), losses=losses)
 
 

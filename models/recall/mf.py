@@ -41,13 +41,11 @@ class Weights(nn.Module):
 
     def __init__(self, half_life_days: float | None) -> None:
         super().__init__()
-        strength = torch.from_numpy(STRENGTH / STRENGTH[EventType.PURCHASE])
-        self.strength = nn.Embedding.from_pretrained(strength[:, None])  # type: ignore[no-untyped-call]
+        self.strength = nn.Buffer(torch.from_numpy(STRENGTH / STRENGTH[EventType.PURCHASE]))
         self.rate = 0.0 if half_life_days is None else -math.log(2) * 1000 / DAY_MS / half_life_days
 
     def forward(self, kinds: Tensor, ages_s: Tensor) -> Tensor:
-        weight: Tensor = self.strength(kinds).squeeze(2) * torch.exp(ages_s * self.rate)
-        return weight
+        return torch.take(self.strength, kinds) * torch.exp(ages_s * self.rate)
 
 
 class LeastSquares(nn.Module):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -27,7 +28,8 @@ class Net(nn.Module):
 
     def forward(self, features: Tensor, kinds: Tensor) -> Tensor:
         known = (kinds > 0).float()[:, None]
-        return torch.relu(self.linear(features)) * self.scale - known * torch.tensor([0.5, 0.25, 0.125])
+        linear = F.dropout(self.linear(features), training=self.training)[:, -3:]
+        return torch.relu(linear) * self.scale - known * torch.tensor([0.5, 0.25, 0.125])
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +58,18 @@ def test_what_was_saved_computes_the_same(net: Net, saved: Path, size: int) -> N
     features, kinds = torch.randn(size, 4), torch.arange(size) % 3
     with torch.inference_mode():
         assert torch.equal(load_program(saved, CPU)(features, kinds), net(features, kinds))
+
+
+def test_what_has_no_effect_is_not_run(net: Net, saved: Path) -> None:
+    def operators(program: Callable[..., Tensor]) -> set[str]:
+        with torch.inference_mode(), torch.profiler.profile() as profile:
+            program(torch.randn(2, 4), torch.ones(2, dtype=torch.int64))
+        return {event.key for event in profile.key_averages()}
+
+    assert "aten::dropout" in operators(net)
+    run = operators(load_program(saved, CPU))
+    assert "aten::linear" in run
+    assert "aten::dropout" not in run
 
 
 def test_loading_twice_gives_two_programs(net: Net, saved: Path) -> None:

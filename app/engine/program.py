@@ -3,16 +3,19 @@
 import io
 import json
 import re
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import BuiltinFunctionType, MethodDescriptorType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.export.graph_signature import InputKind
 from torch.export.passes import move_to_device_pass
-from torch.fx.graph import CodeGen
+from torch.fx.graph import CodeGen, Graph
 
 from app.bundle import BundleError
 
@@ -26,6 +29,10 @@ _PLAIN = re.compile(
     r"|archive_format|archive_version|byteorder|\.data/(version|serialization_id)"
 )
 _SIZE = re.compile(r"(Symbol\('\w+'(, (positive|integer)=True)*\)|Integer\(-?\d+\)|Add|Mul|[(), ])+")
+_WHOLE = (), (0,), (0, None), (0, sys.maxsize), (None, None)
+"""From where to where a slice goes that is all there is."""
+_NO_EFFECT = {"dropout", "slice", "_assert_tensor_metadata"}
+"""Operators that may go where nothing uses what they give."""
 _OPERATOR = re.compile(r"torch\.ops\.aten\.\w+\.\w+")
 
 
@@ -67,6 +74,8 @@ def load_program(path: Path, device: torch.device) -> Program:
             for spec in exported.graph_signature.input_specs
             if spec.kind is not InputKind.USER_INPUT and spec.target is not None
         ]
+        graph = exported.graph_module
+        _simplify(graph.graph)
     except BundleError:
         raise
     except Exception as error:
@@ -74,7 +83,6 @@ def load_program(path: Path, device: torch.device) -> Program:
         raise BundleError(f"{path.name}: {error!r}") from error
     # `exported.module()` flattens pytrees and checks shapes in Python on every call: six times the
     # cost of a small encoder. The graph itself, called with its parameters, costs what eager costs.
-    graph = exported.graph_module
     graph.graph.set_codegen(CodeGen())
     graph.recompile()
 
@@ -83,6 +91,24 @@ def load_program(path: Path, device: torch.device) -> Program:
         return outputs[0]
 
     return run
+
+
+def _simplify(graph: Graph) -> None:
+    """Leaves the same arithmetic in fewer and shorter calls: a fifth of what an encoder takes for one shopper."""
+    for node in list(graph.nodes):
+        if not isinstance(node.target, OpOverload):
+            continue
+        name = node.target.overloadpacket.__name__
+        if (name == "dropout" and not node.args[2]) or (name == "slice" and node.args[2:] in _WHOLE):
+            node.replace_all_uses_with(node.args[0])
+        if name in _NO_EFFECT and not node.users:
+            graph.erase_node(node)
+            continue
+        for place in (torch, Tensor):
+            # The operator's own binding finds the arguments sooner. Functions written in Python may do something else.
+            if isinstance(own := getattr(place, name, None), BuiltinFunctionType | MethodDescriptorType):
+                node.target = own
+                break
 
 
 def _check_graph(part: Any, file: str) -> None:

@@ -47,6 +47,8 @@ OWN = 3
 """Ways in which a user can have met an item: viewed, put in the cart, bought."""
 AHEAD = 32
 """Candidates between asking for an item's columns and reading them."""
+TILE = 64
+"""Candidates whose features are computed together."""
 SPARE = 16
 """Blocks of scores that are looked into beside as many as are wanted."""
 BLOCK = 16
@@ -627,18 +629,15 @@ def features(
     sources, size, kinds = len(score), len(begin) - 1, width - 2 - GROUPS
     item, user = 3 * sources + 1, 3 * sources + 3 + kinds
     own, cross = user + 5, user + 12
-    found = np.zeros((len(query), cross + 5), np.float32)
+    found = np.empty((len(query), cross + 5), np.float32)
     candidates = starts(query, size)
     longest = 0
     for one in range(size):
         longest = max(longest, begin[one + 1] - begin[one])
     counts, recency = np.empty((longest, OWN + 1), np.float32), np.empty((longest, OWN + 1), np.float32)
     bought = np.empty(longest, np.float32)
-    most = 0
-    for one in range(size):
-        most = max(most, candidates[one + 1] - candidates[one])
-    sizes, shares = np.empty(most, np.float32), np.empty(most, np.float32)
-    places, agreement = np.empty(most, np.float32), np.empty(most, np.float32)
+    sizes, shares = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
+    places, agreement = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
     in_group = np.zeros(group_count, np.float32)
     never = _log(np.float32(1) + MINUTES * NEVER_DAYS)
     for one in range(size):
@@ -678,52 +677,55 @@ def features(
             _log(np.float32(1) + MINUTES * latest),
             mean_price,
         )
-        first, last = candidates[one], candidates[one + 1]
-        agreement[: last - first] = 0
-        for source in range(sources):
-            # Several candidates at a time: no branch, and what is found is put in its place by a loop of its own.
-            top = max(best[source, one], np.float32(1e-9))
-            for at in range(last - first):
-                value, place = score[source, first + at], rank[source, first + at]
-                size_of = _log(np.float32(1) + np.float32(100) * abs(value))
-                sizes[at] = size_of if value > 0 else -size_of
-                shares[at] = max(np.float32(-1), min(np.float32(1), value / top))
-                places[at] = np.float32(10) / (np.float32(10) + place)
-                agreement[at] += np.float32(1) if place < ABSENT else np.float32(0)
-            for at in range(last - first):
-                out = found[first + at]
-                out[3 * source], out[3 * source + 1], out[3 * source + 2] = sizes[at], shares[at], places[at]
-        for candidate in range(first, last):
-            of = row[candidate]
-            if candidate + AHEAD < len(row):
-                at = row[candidate + AHEAD] * width
-                for line in range(at, at + width, 16):
-                    _prefetch(records, line)
-                _prefetch(records, at + width - 1)
-            out = found[candidate]
-            out[item - 1] = agreement[candidate - first]
-            for column in range(kinds):
-                out[item + column] = records[of, column]
-            price = records[of, kinds]
-            age = max(np.float32(now_days) - records[of, kinds + 1], np.float32(0))
-            out[item + kinds] = _log(np.float32(1) + age)
-            out[item + kinds + 1] = price
-            for column in range(5):
-                out[user + column] = of_user[column]
-            mine = index[of]
-            if mine >= 0:
-                for part in range(OWN):
-                    out[own + 2 * part] = _log(np.float32(1) + counts[mine, part])
-                    out[own + 2 * part + 1] = _log(np.float32(1) + MINUTES * recency[mine, part])
-                out[own + 2 * OWN] = _log(np.float32(1) + bought[mine])
-            else:
-                for part in range(OWN):
-                    out[own + 2 * part + 1] = never
-            for group in range(GROUPS):
-                out[cross + group] = in_group[np.int64(records[of, kinds + 2 + group])] / shared
-            if price > 0 and mean_price > 0:
-                out[cross + GROUPS] = abs(price - mean_price)
-                out[cross + GROUPS + 1] = min(np.float32(0), price - mean_price)
+        # Some candidates at a time, whose features stay in the first-level cache until all are there.
+        for first in range(candidates[one], candidates[one + 1], TILE):
+            count = min(TILE, candidates[one + 1] - first)
+            found[first : first + count] = 0
+            agreement[:] = 0
+            for source in range(sources):
+                # No branch, and what is found is put in its place by a loop of its own: several at a time.
+                top = max(best[source, one], np.float32(1e-9))
+                for at in range(count):
+                    value, place = score[source, first + at], rank[source, first + at]
+                    size_of = _log(np.float32(1) + np.float32(100) * abs(value))
+                    sizes[at] = size_of if value > 0 else -size_of
+                    shares[at] = max(np.float32(-1), min(np.float32(1), value / top))
+                    places[at] = np.float32(10) / (np.float32(10) + place)
+                    agreement[at] += np.float32(1) if place < ABSENT else np.float32(0)
+                for at in range(count):
+                    out = found[first + at]
+                    out[3 * source], out[3 * source + 1], out[3 * source + 2] = sizes[at], shares[at], places[at]
+            for candidate in range(first, first + count):
+                of = row[candidate]
+                if candidate + AHEAD < len(row):
+                    at = row[candidate + AHEAD] * width
+                    for line in range(at, at + width, 16):
+                        _prefetch(records, line)
+                    _prefetch(records, at + width - 1)
+                out = found[candidate]
+                out[item - 1] = agreement[candidate - first]
+                for column in range(kinds):
+                    out[item + column] = records[of, column]
+                price = records[of, kinds]
+                age = max(np.float32(now_days) - records[of, kinds + 1], np.float32(0))
+                out[item + kinds] = _log(np.float32(1) + age)
+                out[item + kinds + 1] = price
+                for column in range(5):
+                    out[user + column] = of_user[column]
+                mine = index[of]
+                if mine >= 0:
+                    for part in range(OWN):
+                        out[own + 2 * part] = _log(np.float32(1) + counts[mine, part])
+                        out[own + 2 * part + 1] = _log(np.float32(1) + MINUTES * recency[mine, part])
+                    out[own + 2 * OWN] = _log(np.float32(1) + bought[mine])
+                else:
+                    for part in range(OWN):
+                        out[own + 2 * part + 1] = never
+                for group in range(GROUPS):
+                    out[cross + group] = in_group[np.int64(records[of, kinds + 2 + group])] / shared
+                if price > 0 and mean_price > 0:
+                    out[cross + GROUPS] = abs(price - mean_price)
+                    out[cross + GROUPS + 1] = min(np.float32(0), price - mean_price)
         for event in range(begin[one], begin[one + 1]):
             index[event_row[event]] = -1
             for group in range(GROUPS):

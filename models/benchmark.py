@@ -63,7 +63,9 @@ LEARNED_FROM = 5_000
 """Users whose candidates the ranker sees, at most."""
 K = 100
 """Candidates of each source."""
-WIDTH = Width(neighbours=200, likest=200, two_tower=128, lightgcn=256, spectral=512, ease=400, ease_gb=6.0)
+WIDTH = Width(
+    neighbours=200, likest=200, two_tower=128, lightgcn=256, spectral=512, ease=400, ease_long=800, ease_gb=6.0
+)
 
 
 @dataclass(frozen=True, slots=True)

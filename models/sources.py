@@ -122,6 +122,7 @@ class Width:
     lightgcn: int = 128
     spectral: int = 128
     ease: int = 100
+    ease_long: int = 100
     ease_gb: float = EASE_GB
 
 
@@ -217,7 +218,7 @@ def _ease_long(draft: Draft, past: Past) -> None:
     table = ease.fit(
         past.events,
         now_ms=past.now_ms,
-        k=2 * past.width.ease,
+        k=past.width.ease_long,
         half_life_days=None,
         ridge=300.0,
         signed=True,

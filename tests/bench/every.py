@@ -1,7 +1,7 @@
-"""`python -m tests.bench --every`: what every source that there is costs, against the main ones.
+"""`python -m tests.bench --every`: what every source that there is costs, against four and against the main ones.
 
 A simulated storefront, whose models are all fitted, the networks for one epoch: what a request costs does not
-depend on what they learned. One service has both sets of sources as scenes, which take turns under load.
+depend on what they learned. One service has all three sets of sources as scenes, which take turns under load.
 """
 
 import tempfile
@@ -39,9 +39,24 @@ from tests.bench.measure import CONNECTIONS, LIMIT, Cores, Pace, contestant_of, 
 EVENTS_OF_USER = 50
 ASKING = 2_000
 """Users."""
-MAIN = ("history", "ease", "discovery", "item_cf", "session", "two_tower", "content", "trending", "popular", "new")
-SCENES = ("main", "home")
-"""With the main sources, with every one."""
+FEWER = {
+    "four": ("history", "item_cf", "two_tower", "content"),
+    "main": (
+        "history",
+        "ease",
+        "discovery",
+        "item_cf",
+        "session",
+        "two_tower",
+        "content",
+        "trending",
+        "popular",
+        "new",
+    ),
+}
+"""Sources by scene: one of each kind that knows the user, and a shop's main ones."""
+EVERY = "home"
+SCENES = (*FEWER, EVERY)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +69,9 @@ class Compared:
     """Throughput at saturation of every round."""
     failed: int
 
-    @property
-    def ratio(self) -> float:
-        main, every = (self.per_s[name] for name in SCENES)
-        return float(median(one / other for one, other in zip(every, main, strict=True)))
+    def ratio(self, fewer: str) -> float:
+        """Every source against those of the scene `fewer`."""
+        return float(median(one / other for one, other in zip(self.per_s[EVERY], self.per_s[fewer], strict=True)))
 
 
 def compare(folder: Path, items: int, cores: Cores, pace: Pace, progress: Callable[[str], None]) -> Compared:
@@ -130,7 +144,8 @@ def shop(root: Path, items: int) -> Shop:
                     found += len(prepared.candidates.row)
             candidates[name] = found / len(numbers[:200])
         queries = [Query(name, scene=name) for name in SCENES]
-        fitted.draft.recorded = record(pipeline, queries, [UserState()] * 2, now_ms, folder / "recorded.json")
+        nobody = [UserState()] * len(queries)
+        fitted.draft.recorded = record(pipeline, queries, nobody, now_ms, folder / "recorded.json")
         return seal(fitted.draft, version)
 
     bundle = publish(root, write)
@@ -146,12 +161,15 @@ def shop(root: Path, items: int) -> Shop:
 
 
 def add_scenes(draft: Draft) -> None:
-    """Both with learned rankers of the real architecture."""
-    every = draft.scenes["home"]
+    """All with learned rankers of the real architecture."""
+    every = draft.scenes[EVERY]
     there = {source.name for source in every.sources}
-    main = tuple(SceneSource(name=name, k=K[name]) for name in MAIN if name in there)
+    chosen = {
+        scene: tuple(SceneSource(name=name, k=K[name]) for name in names if name in there)
+        for scene, names in FEWER.items()
+    }
     draft.scenes = {}
-    for name, sources in zip(SCENES, (main, every.sources), strict=True):
+    for name, sources in (chosen | {EVERY: every.sources}).items():
         features = feature_names([source.name for source in sources], STATISTICS)
         ranker = Network(mlp.hidden(len(features)), torch.zeros(len(features)), torch.ones(len(features)))
         ranker.eval().export(name, features, draft)

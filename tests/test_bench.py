@@ -18,11 +18,13 @@ from app.engine.pipeline import Pipeline
 from app.routes.recommend import render
 from app.settings import Settings
 from app.state.events import UserState
+from models.sources import K
 from tests.bench import synthetic
 from tests.bench.checks import Accepted, Complete, Unmixed
 from tests.bench.contestants import ContestantDied, free_port, running
+from tests.bench.every import Compared, shop
 from tests.bench.floor import floor_app, slate_of
-from tests.bench.measure import LOADED, NAMES, SATURATED, SINGLE, Cores, Pace, measure
+from tests.bench.measure import LOADED, NAMES, SATURATED, SINGLE, Cores, Pace, in_a_process, measure
 from tests.bench.naive import Naive, create_app, write
 from tests.live import serving
 
@@ -160,6 +162,22 @@ def test_the_whole_benchmark_runs(bundle: Bundle) -> None:
 def answer(*items: str, bundle: str = "v1", degraded: tuple[str, ...] = ()) -> bytes:
     shown = tuple(SlateItem(item, 1.0, ("popular",)) for item in items)
     return render(Slate("r", "home", shown, bundle, None, degraded), took_ms=1.0)
+
+
+@pytest.mark.slow
+def test_a_shop_with_every_source_has_scenes_with_fewer(tmp_path: Path) -> None:
+    made = in_a_process(shop, tmp_path, 300)
+    assert made.sources["four"] == 4 and made.sources["main"] == 10
+    # Simulated shoppers have profiles, and items texts: no source is left out for want of data.
+    assert made.sources["home"] == len(K)
+    assert all(made.candidates.values())
+
+
+def test_every_source_is_held_against_fewer_round_by_round() -> None:
+    per_s = {"four": [400.0, 1000.0, 500.0], "main": [200.0, 400.0, 300.0], "home": [100.0, 300.0, 200.0]}
+    compared = Compared({}, {}, per_s, 0)
+    assert compared.ratio("four") == 0.3
+    assert compared.ratio("main") == 200 / 300
 
 
 def test_checks_name_what_is_wrong() -> None:

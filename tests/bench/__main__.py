@@ -141,7 +141,7 @@ def show_every(size: str, compared: Compared) -> None:
     for name in FEWER:
         ratio, number = compared.ratio(name), compared.sources[name]
         reached = "reached" if ratio >= 0.5 else "[red]missed[/red] "
-        console.print(f"{reached}  every source against {number} {ratio:.2f}, at least 0.5", highlight=False)
+        console.print(f"{reached}  every source against {number} {ratio:.3f}, at least 0.5", highlight=False)
 
 
 def table(size: str, result: Result) -> Table:

@@ -127,7 +127,8 @@ def shop(root: Path, items: int) -> Shop:
     )
     log = Log.from_tables(tables)
     now_ms = latest + shift + 1
-    numbers = np.random.default_rng(0).choice(np.unique(log.user), min(ASKING, items), replace=False)
+    there = np.unique(log.user)
+    numbers = np.random.default_rng(0).choice(there, min(ASKING, len(there)), replace=False)
     sasrec.EPOCHS = gru4rec.EPOCHS = two_tower.MOST_EPOCHS = 1
     candidates: dict[str, float] = {}
 
@@ -163,13 +164,9 @@ def shop(root: Path, items: int) -> Shop:
 def add_scenes(draft: Draft) -> None:
     """All with learned rankers of the real architecture."""
     every = draft.scenes[EVERY]
-    there = {source.name for source in every.sources}
-    chosen = {
-        scene: tuple(SceneSource(name=name, k=K[name]) for name in names if name in there)
-        for scene, names in FEWER.items()
-    }
+    fewer = {scene: tuple(SceneSource(name=name, k=K[name]) for name in names) for scene, names in FEWER.items()}
     draft.scenes = {}
-    for name, sources in (chosen | {EVERY: every.sources}).items():
+    for name, sources in (fewer | {EVERY: every.sources}).items():
         features = feature_names([source.name for source in sources], STATISTICS)
         ranker = Network(mlp.hidden(len(features)), torch.zeros(len(features)), torch.ones(len(features)))
         ranker.eval().export(name, features, draft)

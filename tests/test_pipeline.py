@@ -194,6 +194,16 @@ def test_a_broken_source_is_left_out_and_named(pipeline: Pipeline) -> None:
     assert not any("item_cf" in item.sources for item in slate.items)
 
 
+def test_an_item_names_those_who_proposed_it_however_many_there_are(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    query, user = Query("q", scene="voting", limit=30), state("a1", "b7")
+    at_once = one(pipeline, query, user)
+    assert len(at_once.items[0].sources) > 2 and len({item.sources for item in at_once.items}) > 3
+    monkeypatch.setattr("app.engine.pipeline.TOGETHER", 2)
+    assert one(pipeline, query, user) == at_once
+
+
 def test_diversity_mixes_categories(pipeline: Pipeline) -> None:
     user = state("b1", "b2", "b3")
     plain = ids(one(pipeline, Query("q", scene="reciprocal_rank", limit=10), user))

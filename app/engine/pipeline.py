@@ -9,8 +9,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import repeat
+from operator import add
 
 import numpy as np
+import numpy.typing as npt
 import structlog
 import torch
 from torch import Tensor
@@ -35,6 +37,8 @@ CELLS = 64_000_000
 """Pairs that the scratch table can hold; it bounds the batch of a scene at catalogs above a million items."""
 BACKFILL = 200
 """Candidates that an exact search adds where the sources leave a filtered slate short."""
+TOGETHER = 9
+"""Sources whose combinations are kept: 512 are soon all met, those of twenty would only become more."""
 
 
 _NONE = repeat(None)
@@ -233,8 +237,7 @@ class Pipeline:
             on_host = candidates.row.index_select(0, shown).cpu().numpy()
             rows, ids = on_host.tolist(), self.catalog.ids(on_host)
             proposed = (candidates.rank.index_select(1, shown) < ABSENT).cpu().numpy()
-            names = _names(tuple(source.name for source in scene.sources))
-            sources = [names[mask] for mask in ((1 << np.arange(len(proposed))) @ proposed).tolist()]
+            sources = _proposers(tuple(source.name for source in scene.sources), proposed)
         slates = []
         for index, query in enumerate(batch.queries):
             own = slice(index * width, index * width + min(counts[index], query.limit))
@@ -271,6 +274,17 @@ class _Names(dict[int, tuple[str, ...]]):
         return names
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def _names(sources: tuple[str, ...]) -> _Names:
     return _Names(sources)
+
+
+def _proposers(sources: tuple[str, ...], proposed: npt.NDArray[np.bool_]) -> list[tuple[str, ...]]:
+    """Of each item, the names of the sources by which it is `proposed` [S, I]."""
+    found: Iterable[tuple[str, ...]] = repeat((), proposed.shape[1])
+    for first in range(0, len(sources), TOGETHER):
+        part = proposed[first : first + TOGETHER]
+        names = _names(sources[first : first + TOGETHER])
+        masks = (1 << np.arange(len(part))) @ part
+        found = map(add, found, map(names.__getitem__, masks.tolist()))
+    return list(found)

@@ -72,6 +72,26 @@ def test_what_has_no_effect_is_not_run(net: Net, saved: Path) -> None:
     assert "aten::dropout" not in run
 
 
+@pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this processor's bfloat16 is not oneDNN's"
+)
+@pytest.mark.parametrize("bias", [True, False])
+def test_layers_of_bfloat16_run_with_their_relu(tmp_path: Path, bias: bool) -> None:
+    layers = nn.Sequential(nn.Linear(40, 24, bias=bias), nn.ReLU(), nn.Linear(24, 8, bias=bias), nn.ReLU())
+    layers = layers.bfloat16().eval()
+    rows = torch.export.Dim("rows", min=1)
+    exported = torch.export.export(layers, (torch.zeros(8, 40).bfloat16(),), dynamic_shapes=({0: rows},))
+    save_program(exported, tmp_path / "layers.pt2")
+    run = load_program(tmp_path / "layers.pt2", CPU)
+    for size in (1, 64, 1000):
+        features = torch.randn(size, 40).bfloat16()
+        with torch.inference_mode(), torch.profiler.profile() as profile:
+            found = run(features)
+        assert not {"aten::relu", "aten::linear"} & {event.key for event in profile.key_averages()}
+        with torch.inference_mode():
+            assert torch.equal(found, layers(features))
+
+
 def test_loading_twice_gives_two_programs(net: Net, saved: Path) -> None:
     features, kinds = torch.randn(2, 4), torch.ones(2, dtype=torch.int64)
     first, second = load_program(saved, CPU), load_program(saved, CPU)

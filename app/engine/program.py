@@ -16,6 +16,7 @@ from torch._ops import OpOverload
 from torch.export.graph_signature import InputKind
 from torch.export.passes import move_to_device_pass
 from torch.fx.graph import CodeGen, Graph
+from torch.fx.node import Node
 
 from app.bundle import BundleError
 
@@ -75,6 +76,8 @@ def load_program(path: Path, device: torch.device) -> Program:
             if spec.kind is not InputKind.USER_INPUT and spec.target is not None
         ]
         graph = exported.graph_module
+        if device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            _fuse(graph.graph)
         _simplify(graph.graph)
     except BundleError:
         raise
@@ -91,6 +94,24 @@ def load_program(path: Path, device: torch.device) -> Program:
         return outputs[0]
 
     return run
+
+
+def _fuse(graph: Graph) -> None:
+    """Makes layers of bfloat16 one operator with their relu, which alone takes half as long as the layer."""
+    for node in list(graph.nodes):
+        linear = node.args[0] if node.target is torch.ops.aten.relu.default else None
+        if (
+            isinstance(linear, Node)
+            and linear.target is torch.ops.aten.linear.default
+            and linear.meta["val"].dtype is torch.bfloat16
+            and len(linear.users) == 1
+        ):
+            with graph.inserting_before(node):
+                rows, weight, bias = (*linear.args, None)[:3]
+                both = torch.ops.mkldnn._linear_pointwise.default
+                node.replace_all_uses_with(graph.call_function(both, (rows, weight, bias, "relu", [], "")))
+            graph.erase_node(node)
+            graph.erase_node(linear)
 
 
 def _simplify(graph: Graph) -> None:

@@ -50,9 +50,9 @@ AHEAD = 32
 TILE = 64
 """Candidates whose features are computed together."""
 SPARE = 16
-"""Blocks of scores that are looked into beside as many as are wanted."""
+"""Blocks of scores that are looked into beside as many as are wanted and an eighth more."""
 BLOCK = 16
-"""Scores that are passed over together."""
+"""Scores that are passed over together, at most."""
 HALVES = 1 << 15
 """Bit patterns of a positive float of half precision."""
 LOWEST = -HALVES
@@ -473,12 +473,12 @@ def merge(
     return of_query[:count].copy(), of_row[:count].copy(), scores, ranks, best
 
 
-@njit("void(i2[::1], i2[::1])", cache=True, nogil=True)
-def _highest(score: Shorts, found: Shorts) -> None:
-    """Into `found` [m] the greatest of score[i], score[i + m], ..., `BLOCK` of them, or 0 where all are lower."""
+@njit("void(i2[::1], i2[::1], i8)", cache=True, nogil=True)
+def _highest(score: Shorts, found: Shorts, block: int) -> None:
+    """Into `found` [m] the greatest of score[i], score[i + m], ..., `block` of them, or 0 where all are lower."""
     found[:] = 0
     columns = len(found)
-    for place in range(BLOCK):
+    for place in range(block):
         line = score[place * columns : (place + 1) * columns]
         for column in range(columns):
             found[column] = max(found[column], line[column])
@@ -509,10 +509,14 @@ def _near(score: Shorts, wanted: int, rows: Ints) -> Longs:
     `wanted` blocks; returns how many these are.
     """
     items, size = score.shape
-    blocks = items // BLOCK
+    # The more are wanted, the fewer may share a block: where most blocks hold one of the best, none is passed over.
+    length = BLOCK
+    while length > 1 and items < 4 * wanted * length:
+        length //= 2
+    blocks = items // length
     highest = np.empty((blocks, size), np.int16)
     # The bits of positive numbers ascend with them, and so does what they are as integers.
-    _highest(score.reshape(-1), highest.reshape(-1))
+    _highest(score.reshape(-1), highest.reshape(-1), length)
     histogram, bounds = np.zeros(HALVES, np.int32), np.empty(size, np.int16)
     for one in range(size):
         bounds[one] = _bound(highest, one, wanted, histogram)
@@ -526,11 +530,11 @@ def _near(score: Shorts, wanted: int, rows: Ints) -> Longs:
             queries += highest[block, one] >= bounds[one]
         for one in within[:queries]:
             bound, place = bounds[one], count[one]
-            for row in range(block, blocks * BLOCK, blocks):
+            for row in range(block, blocks * length, blocks):
                 rows[one, place] = row
                 place += score[row, one] >= bound
             count[one] = place
-    for row in range(blocks * BLOCK, items):
+    for row in range(blocks * length, items):
         for one in range(size):
             rows[one, count[one]] = row
             count[one] += score[row, one] >= bounds[one]
@@ -548,7 +552,8 @@ def nearest(rough: Halves, users: Floats, vectors: Halves, k: int) -> tuple[Long
 
     Rows of -1 for a user of zeros, to whom nothing is near. `rough` [n, B] are the products in bfloat16. The best of
     each block of them are compared first; most blocks are then passed over, and exact is the product of what is as
-    high as the best of `k + SPARE` blocks: rounding moves a score by far less than what lies between these ranks.
+    high as the best of `SPARE` blocks more, and an eighth: rounding moves a score by far less than what lies between
+    these ranks.
     k <= n.
     """
     items, size = rough.shape
@@ -556,7 +561,7 @@ def nearest(rough: Halves, users: Floats, vectors: Halves, k: int) -> tuple[Long
     found, best = np.empty((size, k), np.int64), np.empty((size, k), np.float32)
     histogram, keys = np.zeros(BUCKETS, np.int32), np.empty(items, np.uint64)
     rows = np.empty((size, items + 1), np.int32)
-    count = _near(rough.view(np.int16), k + SPARE, rows)
+    count = _near(rough.view(np.int16), k + k // 8 + SPARE, rows)
     for one in range(size):
         if not users[one].any():
             found[one], best[one] = -1, 0

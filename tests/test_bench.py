@@ -175,7 +175,7 @@ def test_a_shop_with_every_source_has_scenes_with_fewer(tmp_path: Path) -> None:
 
 def test_every_source_is_held_against_fewer_round_by_round() -> None:
     per_s = {"four": [400.0, 1000.0, 500.0], "main": [200.0, 400.0, 300.0], "home": [100.0, 300.0, 200.0]}
-    compared = Compared({}, {}, per_s, 0)
+    compared = Compared(0, {}, {}, per_s, 0)
     assert compared.ratio("four") == 0.3
     assert compared.ratio("main") == 200 / 300
 

@@ -57,6 +57,9 @@ def bench(
     quick: Annotated[bool, typer.Option("--quick", help="One short round, as a check.")] = False,
     swapping: Annotated[bool, typer.Option("--swap", help="Only this: swap bundles under full load.")] = False,
     every: Annotated[bool, typer.Option("--every", help="Only this: every source against fewer.")] = False,
+    retail: Annotated[
+        Path | None, typer.Option("--online-retail", help="The UCI invoices, as CSV: the shop of --every.")
+    ] = None,
     folder: Annotated[Path, typer.Option(help="Where the made-up shops are kept.")] = Path("build/bench"),
     out: Annotated[Path, typer.Option(help="Where all rounds go as JSON.")] = Path("build/bench/results.json"),
 ) -> None:
@@ -66,6 +69,8 @@ def bench(
     chosen = [size.strip() for size in sizes.split(",")] if sizes else ["10k"] if small else [*SIZES]
     if unknown := set(chosen) - SIZES.keys():
         raise typer.BadParameter(f"{', '.join(sorted(unknown))}; known: {', '.join(SIZES)}", param_hint="--sizes")
+    if retail and not every:
+        raise typer.BadParameter("goes with --every", param_hint="--online-retail")
     if len(usable) < 2:
         console.print("Two cores are needed: one for the server, one for the client.")
         raise typer.Exit(2)
@@ -78,8 +83,8 @@ def bench(
     if every:
         os.sched_setaffinity(0, {cores.client})
         with console.status("") as status, tempfile.TemporaryDirectory(prefix="millirec-bench-") as work:
-            compared = compare(Path(work), SIZES[chosen[0]], cores, pace, status.update)
-        show_every(chosen[0], compared)
+            compared = compare(Path(work), SIZES[chosen[0]], retail, cores, pace, status.update)
+        show_every(compared)
         raise typer.Exit(int(bool(compared.failed)))
     with console.status("") as status:
         roots = {}
@@ -134,10 +139,11 @@ def show(size: str, result: Result | Swapped) -> None:
         console.print(f"{'reached' if reached else '[red]missed[/red] '}  {goal}", highlight=False)
 
 
-def show_every(size: str, compared: Compared) -> None:
+def show_every(compared: Compared) -> None:
     for name in SCENES:
         asked = f"{compared.sources[name]} sources, {compared.candidates[name]:.0f} candidates a request"
-        console.print(f"{size} items, {asked}: {median(compared.per_s[name]):,.0f} slates/s", highlight=False)
+        per_s = median(compared.per_s[name])
+        console.print(f"{compared.items:,} items, {asked}: {per_s:,.0f} slates/s", highlight=False)
     for name in FEWER:
         ratio, number = compared.ratio(name), compared.sources[name]
         reached = "reached" if ratio >= 0.5 else "[red]missed[/red] "

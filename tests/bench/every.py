@@ -1,7 +1,8 @@
 """`python -m tests.bench --every`: what every source that there is costs, against four and against the main ones.
 
-A simulated storefront, whose models are all fitted, the networks for one epoch: what a request costs does not
-depend on what they learned. One service has all three sets of sources as scenes, which take turns under load.
+A shop, simulated or of real invoices, whose models are all fitted, the networks for one epoch: what a request costs
+does not depend on what they learned. One service has all three sets of sources as scenes, as such a shop would have
+them, and they take turns under load.
 """
 
 import tempfile
@@ -22,15 +23,15 @@ from app.engine import Query
 from app.engine.features import feature_names
 from app.engine.pipeline import Pipeline
 from app.engine.recorded import record
-from app.scenes import SceneSource
 from app.state.events import UserState
 from models.catalog import STATISTICS
+from models.data import online_retail
 from models.data.log import Log
 from models.data.simulator import simulate
 from models.ranking import mlp
 from models.ranking.networks import Network
 from models.recall import gru4rec, sasrec, two_tower
-from models.sources import MODELS, K, fit
+from models.sources import MODELS, fit, scenes
 from tests.bench import load
 from tests.bench.checks import Complete
 from tests.bench.load import Load
@@ -40,8 +41,8 @@ EVENTS_OF_USER = 50
 ASKING = 2_000
 """Users."""
 FEWER = {
-    "four": ("history", "item_cf", "two_tower", "content"),
-    "main": (
+    "four": ["history", "item_cf", "two_tower", "content"],
+    "main": [
         "history",
         "ease",
         "discovery",
@@ -52,7 +53,7 @@ FEWER = {
         "trending",
         "popular",
         "new",
-    ),
+    ],
 }
 """Sources by scene: one of each kind that knows the user, and a shop's main ones."""
 EVERY = "home"
@@ -63,6 +64,7 @@ SCENES = (*FEWER, EVERY)
 class Compared:
     """By scene."""
 
+    items: int
     sources: dict[str, int]
     candidates: dict[str, float]
     per_s: dict[str, list[float]]
@@ -74,10 +76,12 @@ class Compared:
         return float(median(one / other for one, other in zip(self.per_s[EVERY], self.per_s[fewer], strict=True)))
 
 
-def compare(folder: Path, items: int, cores: Cores, pace: Pace, progress: Callable[[str], None]) -> Compared:
-    """The caller keeps to the client's core, and so does Valkey with it."""
+def compare(
+    folder: Path, items: int, retail: Path | None, cores: Cores, pace: Pace, progress: Callable[[str], None]
+) -> Compared:
+    """The caller keeps to the client's core, and so does Valkey with it. See `shop`."""
     progress("fitting every model")
-    made = in_a_process(shop, folder, items)
+    made = in_a_process(shop, folder, items, retail)
     with ExitStack() as stack:
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="millirec-bench-")))
         redis_url = valkey(stack)
@@ -101,11 +105,12 @@ def compare(folder: Path, items: int, cores: Cores, pace: Pace, progress: Callab
                 # The first turn warms up.
                 if turn:
                     found[name].append(report.achieved_per_s)
-    return Compared(made.sources, made.candidates, found, failed)
+    return Compared(made.items, made.sources, made.candidates, found, failed)
 
 
 @dataclass(frozen=True, slots=True)
 class Shop:
+    items: int
     users: list[str]
     events: list[dict[str, Any]]
     """Of these users, in time order, as `POST /events` takes them."""
@@ -114,10 +119,12 @@ class Shop:
     """Mean of a request."""
 
 
-def shop(root: Path, items: int) -> Shop:
-    """Publishes a bundle with every source in `root`."""
+def shop(root: Path, items: int, retail: Path | None = None) -> Shop:
+    """Publishes a bundle with every source in `root`: of the Online Retail invoices `retail`, or of so many simulated
+    items.
+    """
     torch.set_num_threads(1)
-    tables = simulate(items=items, users=items, events=EVENTS_OF_USER * items)
+    tables = online_retail(retail) if retail else simulate(items=items, users=items, events=EVENTS_OF_USER * items)
     latest: Any = tables.events["timestamp"].max()
     shift = time.time_ns() // 1_000_000 - 60_000 - latest
     tables = replace(
@@ -154,6 +161,7 @@ def shop(root: Path, items: int) -> Shop:
     columns = pl.col("type", "user_id", "item_id", "timestamp")
     events = tables.events.filter(pl.col("user_id").is_in(users)).sort("timestamp").select(columns)
     return Shop(
+        bundle.manifest.items,
         users,
         [event | {"event_id": str(number)} for number, event in enumerate(events.iter_rows(named=True))],
         {name: len(bundle.manifest.scenes[name].sources) for name in SCENES},
@@ -164,7 +172,7 @@ def shop(root: Path, items: int) -> Shop:
 def add_scenes(draft: Draft) -> None:
     """All with learned rankers of the real architecture."""
     every = draft.scenes[EVERY]
-    fewer = {scene: tuple(SceneSource(name=name, k=K[name]) for name in names) for scene, names in FEWER.items()}
+    fewer = {scene: scenes(names)[EVERY].sources for scene, names in FEWER.items()}
     draft.scenes = {}
     for name, sources in (fewer | {EVERY: every.sources}).items():
         features = feature_names([source.name for source in sources], STATISTICS)

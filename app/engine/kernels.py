@@ -552,9 +552,8 @@ def nearest(rough: Halves, users: Floats, vectors: Halves, k: int) -> tuple[Long
 
     Rows of -1 for a user of zeros, to whom nothing is near. `rough` [n, B] are the products in bfloat16. The best of
     each block of them are compared first; most blocks are then passed over, and exact is the product of what is as
-    high as the best of `SPARE` blocks more, and an eighth: rounding moves a score by far less than what lies between
-    these ranks.
-    k <= n.
+    high as the best of `k` blocks, an eighth of that and `SPARE` more: rounding moves a score by far less than what
+    lies between these ranks. k <= n.
     """
     items, size = rough.shape
     width = vectors.shape[1]

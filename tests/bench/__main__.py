@@ -58,7 +58,8 @@ def bench(
     swapping: Annotated[bool, typer.Option("--swap", help="Only this: swap bundles under full load.")] = False,
     every: Annotated[bool, typer.Option("--every", help="Only this: every source against fewer.")] = False,
     retail: Annotated[
-        Path | None, typer.Option("--online-retail", help="The UCI invoices, as CSV: the shop of --every.")
+        Path | None,
+        typer.Option("--online-retail", exists=True, help="The UCI invoices, as CSV: the shop of --every."),
     ] = None,
     folder: Annotated[Path, typer.Option(help="Where the made-up shops are kept.")] = Path("build/bench"),
     out: Annotated[Path, typer.Option(help="Where all rounds go as JSON.")] = Path("build/bench/results.json"),

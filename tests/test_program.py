@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from app.bundle import BundleError
-from app.engine.program import load_program, save_program
+from app.engine.program import FUSED, load_program, save_program
 
 CPU = torch.device("cpu")
 
@@ -72,9 +72,7 @@ def test_what_has_no_effect_is_not_run(net: Net, saved: Path) -> None:
     assert "aten::dropout" not in run
 
 
-@pytest.mark.skipif(
-    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this processor's bfloat16 is not oneDNN's"
-)
+@pytest.mark.skipif(not FUSED, reason="oneDNN computes no bfloat16 here")
 @pytest.mark.parametrize("bias", [True, False])
 def test_layers_of_bfloat16_run_with_their_relu(tmp_path: Path, bias: bool) -> None:
     layers = nn.Sequential(nn.Linear(40, 24, bias=bias), nn.ReLU(), nn.Linear(24, 8, bias=bias), nn.ReLU())
@@ -90,6 +88,15 @@ def test_layers_of_bfloat16_run_with_their_relu(tmp_path: Path, bias: bool) -> N
         assert not {"aten::relu", "aten::linear"} & {event.key for event in profile.key_averages()}
         with torch.inference_mode():
             assert torch.equal(found, layers(features))
+
+
+def test_layers_of_bfloat16_run_without_onednn_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.engine.program.FUSED", False)
+    layers = nn.Sequential(nn.Linear(4, 3), nn.ReLU()).bfloat16().eval()
+    save_program(torch.export.export(layers, (torch.zeros(2, 4).bfloat16(),)), tmp_path / "layers.pt2")
+    features = torch.randn(2, 4).bfloat16()
+    with torch.inference_mode():
+        assert torch.equal(load_program(tmp_path / "layers.pt2", CPU)(features), layers(features))
 
 
 def test_loading_twice_gives_two_programs(net: Net, saved: Path) -> None:

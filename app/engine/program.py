@@ -34,6 +34,11 @@ _WHOLE = (), (0,), (0, None), (0, sys.maxsize), (None, None)
 """From where to where a slice goes that is all there is."""
 _NO_EFFECT = {"dropout", "slice", "_assert_tensor_metadata"}
 """Operators that may go where nothing uses what they give."""
+FUSED = (
+    torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+)
+"""Whether oneDNN, which not every build of torch has, computes in bfloat16 on this processor."""
 _OPERATOR = re.compile(r"torch\.ops\.aten\.\w+\.\w+")
 
 
@@ -76,7 +81,7 @@ def load_program(path: Path, device: torch.device) -> Program:
             if spec.kind is not InputKind.USER_INPUT and spec.target is not None
         ]
         graph = exported.graph_module
-        if device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        if device.type == "cpu" and FUSED:
             _fuse(graph.graph)
         _simplify(graph.graph)
     except BundleError:

@@ -38,7 +38,7 @@ CELLS = 64_000_000
 BACKFILL = 200
 """Candidates that an exact search adds where the sources leave a filtered slate short."""
 TOGETHER = 9
-"""Sources whose combinations are kept: 512 are soon all met, those of twenty would only become more."""
+"""Sources of which every combination of names is kept: 512 of them, and a few such tables for any scene."""
 
 
 _NONE = repeat(None)
@@ -263,20 +263,10 @@ class Pipeline:
         )
 
 
-class _Names(dict[int, tuple[str, ...]]):
-    """The names of the sources whose bits are set."""
-
-    def __init__(self, sources: tuple[str, ...]) -> None:
-        self._sources = sources
-
-    def __missing__(self, mask: int) -> tuple[str, ...]:
-        names = self[mask] = tuple(name for bit, name in enumerate(self._sources) if mask >> bit & 1)
-        return names
-
-
 @lru_cache(maxsize=256)
-def _names(sources: tuple[str, ...]) -> _Names:
-    return _Names(sources)
+def _names(sources: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """By number: the names of the sources whose bits are set in it."""
+    return [tuple(name for bit, name in enumerate(sources) if mask >> bit & 1) for mask in range(1 << len(sources))]
 
 
 def _proposers(sources: tuple[str, ...], proposed: npt.NDArray[np.bool_]) -> list[tuple[str, ...]]:

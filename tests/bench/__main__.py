@@ -70,8 +70,8 @@ def bench(
     chosen = [size.strip() for size in sizes.split(",")] if sizes else ["10k"] if small else [*SIZES]
     if unknown := set(chosen) - SIZES.keys():
         raise typer.BadParameter(f"{', '.join(sorted(unknown))}; known: {', '.join(SIZES)}", param_hint="--sizes")
-    if retail and not every:
-        raise typer.BadParameter("goes with --every", param_hint="--online-retail")
+    if retail and (sizes or not every):
+        raise typer.BadParameter("goes with --every and without --sizes", param_hint="--online-retail")
     if len(usable) < 2:
         console.print("Two cores are needed: one for the server, one for the client.")
         raise typer.Exit(2)
